@@ -1,0 +1,1 @@
+"""One federation on one machine: writes the hospitals' DICOM, starts the real programs, prints the table."""

@@ -1,0 +1,1 @@
+"""A hospital: the agent, its ingest and its trainer, in rooms that each have a licence to import."""

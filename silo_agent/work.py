@@ -1,0 +1,59 @@
+"""What the agent asks of its two helpers. A result is a pure function of its work item: warm and cold programs give the same bits."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from wardround.plan import Plan
+
+
+@dataclass(frozen=True)
+class TrainerWork:
+    """One request to the trainer. It never sees DICOM, a key of the silo, or the aggregator.
+
+    - initialize: the public initial model from plan.initial; `parameters`, `snapshot` and `random_key` unused.
+    - train: FedProx from `parameters` on the snapshot's training patients; the result is the update (local minus global).
+    - evaluate: metrics of `parameters` on the snapshot's validation patients.
+    """
+
+    kind: Literal["initialize", "train", "evaluate"]
+    plan: Plan
+    round: int = 0  # 1-based round of a train item: sets the learning rate of the schedule
+    parameters: bytes = b""  # the global model: float32, little-endian, in layout order
+    snapshot: Path | None = None  # folder, read-only
+    random_key: bytes = b""  # 32 bytes: batches and patches are drawn from it, nothing else
+
+
+@dataclass(frozen=True)
+class TrainerResult:
+    """`values`: float32, little-endian, layout order: the model (initialize), the update (train), empty (evaluate)."""
+
+    values: bytes = b""
+    metrics: dict[str, float] = field(default_factory=dict)  # evaluate: dice, dice/<class>, hd95_mm
+    num_patients: int = 0
+    seconds: float = 0.0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class IngestWork:
+    """One request to ingest: turn the DICOM of a dataset binding into an immutable snapshot under `snapshots`."""
+
+    plan: Plan | None  # None: index and validate only, for `silo-agent data check`
+    source: Path  # the hospital's DICOM folder, read-only
+    segments: dict[str, str]  # plan class -> SegmentLabel or coded segment "SCHEME:VALUE" of the hospital's SEGs
+    split_key: bytes  # 32 bytes, local to the hospital: pseudonyms and splits are HMACs under it
+    snapshots: Path
+
+
+@dataclass(frozen=True)
+class IngestResult:
+    """What IT may read, and the snapshot's digest. Counts and reason codes only: no identifier, no path."""
+
+    snapshot: str = ""  # hex digest and folder name under `snapshots`; empty for a check without a plan
+    num_patients: int = 0
+    num_studies: int = 0
+    num_files: int = 0
+    patients: dict[str, int] = field(default_factory=dict)  # split -> patients
+    quarantined: dict[str, int] = field(default_factory=dict)  # reason code -> count
+    labels: dict[str, int] = field(default_factory=dict)  # plan class -> studies in which it is present

@@ -1,0 +1,208 @@
+"""The plan: data, never code. YAML in, a frozen and strictly checked object out, with a canonical digest.
+
+Unknown keys are refused. Combinations that cannot keep their promise are not constructible: the validators here are the only
+door, and every later stage takes a Plan.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from wardround import PROTOCOL, PROTOCOL_OLDEST
+from wardround.canonical import canonical_json, sha256
+from wardround.errors import PlanError
+
+MAX_PLAN_BYTES = 64 * 1024
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, value: Any) -> Any:
+        # YAML knows lists only; a frozen plan holds tuples.
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+class Initial(_Part):
+    """Where the first global model comes from: rebuilt by every silo from a public seed."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class UNet(_Part):
+    """monai.networks.nets.UNet without residual units, GroupNorm throughout (nothing couples patients), ReLU."""
+
+    network: Literal["UNet"]
+    channels: Annotated[tuple[Count, ...], Field(min_length=2, max_length=6)]
+    strides: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1, max_length=5)]
+    norm_groups: Count = 4
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.strides) != len(self.channels) - 1:
+            raise ValueError(
+                f"model.strides needs one entry fewer than model.channels: expected {len(self.channels) - 1}, got {len(self.strides)}"
+            )
+        odd = [c for c in self.channels if c % self.norm_groups]
+        if odd:
+            raise ValueError(f"model.channels must be multiples of model.norm_groups ({self.norm_groups}): {odd[0]} is not")
+        return self
+
+
+class ResNet18(_Part):
+    """monai.networks.nets.resnet18 with GroupNorm."""
+
+    network: Literal["ResNet18"]
+    norm_groups: Count = 8
+
+
+Model = Annotated[UNet | ResNet18, Field(discriminator="network")]
+
+
+class Transform(_Part):
+    """A MONAI transform that ingest applies to the image of each study, by name, with its arguments as data."""
+
+    name: Literal["NormalizeIntensity", "ScaleIntensity", "ScaleIntensityRange", "GaussianSmooth"]
+    arguments: dict[str, float | bool] = {}
+
+
+class Data(_Part):
+    """What a study becomes before training. `patch` has 2 entries for networks on slices, 3 for volumes (depth, height, width)."""
+
+    modality: Literal["MR", "CT"]
+    spacing_mm: tuple[Positive, Positive, Positive]
+    patch: Annotated[tuple[Annotated[int, Field(ge=8, le=512)], ...], Field(min_length=2, max_length=3)]
+    transforms: tuple[Transform, ...] = (Transform(name="NormalizeIntensity"),)
+
+
+class Optimizer(_Part):
+    """torch.optim.SGD inside a silo. `schedule: cosine` lets the rate fall to zero over the run's rounds."""
+
+    name: Literal["sgd"]
+    learning_rate: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+
+
+class Training(_Part):
+    """Local training: `steps` optimizer steps a round, each on `batch_size` patients (one random patch each)."""
+
+    algorithm: Literal["fedprox"]
+    mu: NonNegative = 0.0
+    steps: Count
+    batch_size: Count
+    optimizer: Optimizer
+
+
+class Server(_Part):
+    """The server step that every silo takes alike: SGD on the mean update (1.0 and 0.0 are plain averaging)."""
+
+    learning_rate: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Aggregation(_Part):
+    """How updates are summed. `encryption: none` sends packed integers in the clear and needs `allow_clear` in every silo's policy."""
+
+    encryption: Literal["none"]
+    masking: Literal["none"]
+    bits: Literal[16] = 16
+    min_silos: Annotated[int, Field(ge=2, le=32)] = 3
+    deadline_s: Annotated[int, Field(ge=1, le=30 * 86400)] = 21600
+    server: Server = Server()
+
+
+class Plan(_Part):
+    """One experiment. See configs/plans/ for examples that run."""
+
+    name: Name
+    protocol: Annotated[int, Field(ge=PROTOCOL_OLDEST, le=PROTOCOL)]
+    task: Literal["segmentation"]
+    dataset: Name
+    classes: Annotated[tuple[Name, ...], Field(min_length=2, max_length=32)]
+    initial: Initial
+    model: Model
+    data: Data
+    training: Training
+    aggregation: Aggregation
+    rounds: Annotated[int, Field(ge=1, le=10_000)]
+    release: Literal["registry", "silos-only"]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"classes must differ: got {', '.join(self.classes)}")
+        if self.classes[0] != "background":
+            raise ValueError(f"the first of classes must be background, the voxels no segment claims: got {self.classes[0]}")
+        if isinstance(self.model, ResNet18):
+            raise ValueError("model.network ResNet18 classifies; task segmentation needs UNet")
+        for edge, factor in zip(self.data.patch, [_product(self.model.strides)] * 3, strict=False):
+            if edge % factor:
+                raise ValueError(f"every edge of data.patch must be a multiple of {factor} (the product of model.strides): {edge} is not")
+        return self
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the canonical JSON of the plan with every default written out: 32 bytes."""
+        return sha256(b"wardround/plan/1" + self.canonical())
+
+    def canonical(self) -> bytes:
+        """The bytes that travel and that the digest covers."""
+        return canonical_json(self.model_dump(mode="json"))
+
+
+def _product(factors: tuple[int, ...]) -> int:
+    result = 1
+    for factor in factors:
+        result *= factor
+    return result
+
+
+def parse_plan(text: bytes) -> Plan:
+    """A plan from YAML (or canonical JSON, which is YAML). Raises PlanError that names each key, what was expected and what was seen."""
+    if len(text) > MAX_PLAN_BYTES:
+        raise PlanError(f"a plan has at most {MAX_PLAN_BYTES} bytes: this one has {len(text)}")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise PlanError(f"the plan is not YAML{f' (line {mark.line + 1})' if mark else ''}") from None
+    if not isinstance(value, dict):
+        raise PlanError(f"a plan is a mapping of keys to values: this is a {type(value).__name__}")
+    try:
+        return Plan.model_validate(value)
+    except ValidationError as error:
+        raise PlanError(explain(error)) from None
+
+
+def load_plan(path: Path) -> Plan:
+    """A plan from a file. Raises PlanError."""
+    try:
+        return parse_plan(path.read_bytes())
+    except OSError as error:
+        raise PlanError(f"cannot read the plan: {error.strerror}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error in one line per problem: the key as the author wrote it, what was expected, what was seen."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in problem["loc"] if part not in ("UNet", "ResNet18"))
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key")
+        elif problem["type"] == "missing":
+            lines.append(f"{key}: missing")
+        elif problem["type"] == "value_error":
+            lines.append(str(problem["ctx"]["error"]))
+        else:
+            seen = repr(problem["input"])
+            lines.append(f"{key}: {problem['msg']}, got {seen if len(seen) <= 60 else seen[:57] + '...'}")
+    return "\n".join(lines)
