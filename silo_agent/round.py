@@ -1,0 +1,117 @@
+"""What a silo does next: a pure table. The aggregator's twin is aggregator/round.py; docs/data_path.md shows both side by side.
+
+The story, from top to bottom: judge the plan, snapshot the data, rebuild the initial model, join; then, round by round: evaluate
+the global model, open the event, train, encode, upload, seal the set of uploads, apply the sum, report; and close.
+
+`agent.py` performs an action, writes what it did in one transaction, and asks again. Every action may be killed at any point and
+is then simply the next action once more; nothing here does I/O or reads a clock.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+Attempt = tuple[int, int]  # (round, attempt), both 1-based
+NEVER: Attempt = (0, 0)
+
+
+class Action(Enum):
+    WAIT = "wait"
+    JUDGE = "judge"
+    REFUSE = "refuse"
+    SNAPSHOT = "snapshot"
+    INITIALIZE = "initialize"
+    JOIN = "join"
+    APPLY = "apply"
+    EVALUATE = "evaluate"
+    REPORT = "report"
+    OPEN_EVENT = "open_event"
+    TRAIN = "train"
+    ENCODE = "encode"
+    UPLOAD = "upload"
+    SEAL = "seal"
+    CLOSE = "close"
+
+
+class Stance(Enum):
+    """Where this silo stands towards a run."""
+
+    UNKNOWN = "unknown"  # never judged
+    ACCEPTED = "accepted"  # the policy agrees; not joined yet
+    REFUSING = "refusing"  # no; the aggregator has not been told yet
+    REFUSED = "refused"
+    JOINED = "joined"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the silo's own state says about the run on offer, read in one transaction."""
+
+    stance: Stance
+    has_snapshot: bool = False
+    model_round: int = -1  # round of the global model held: -1 none, 0 the initial one
+    evaluated_round: int = -1  # newest model evaluated on the validation patients
+    reported_round: int = 0  # newest model whose report the aggregator has acknowledged
+    event_round: int = 0  # newest round whose event (random key) was opened
+    update_round: int = 0  # newest round whose update is durable
+    encoded: Attempt = NEVER  # newest attempt whose upload lies in the spool
+    uploaded: Attempt = NEVER  # newest attempt with the aggregator's receipt
+    sealed: Attempt = NEVER  # newest attempt sealed
+
+
+@dataclass(frozen=True)
+class Offered:
+    """What the aggregator offers, as far as the decision depends on it."""
+
+    phase: str  # of federation.proto's Phase
+    attempt: Attempt = NEVER
+    rounds: int = 0  # of the plan; round rounds + 1 is the closing one: it sums the last model's metrics and trains nothing
+    in_cohort: bool = False
+    in_u3: bool = False  # this silo's upload is among those to seal
+    summed_rounds: frozenset[int] = frozenset()  # rounds whose published sum is on offer
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    when: Callable[[Facts, Offered], bool]
+    action: Action
+
+
+def _open(offer: Offered) -> bool:
+    return offer.phase == "OPEN" and offer.in_cohort
+
+
+def _trains(offer: Offered) -> bool:
+    return _open(offer) and offer.attempt[0] <= offer.rounds
+
+
+# The first row that holds is what happens next.
+TABLE: tuple[Row, ...] = (
+    Row("idle", lambda facts, offer: offer.phase == "IDLE", Action.WAIT),
+    Row("settled", lambda facts, offer: facts.stance in (Stance.REFUSED, Stance.CLOSED), Action.WAIT),
+    Row("refuse", lambda facts, offer: facts.stance is Stance.REFUSING, Action.REFUSE),
+    Row("judge", lambda facts, offer: offer.phase == "INVITED" and facts.stance is Stance.UNKNOWN, Action.JUDGE),
+    Row("not ours", lambda facts, offer: facts.stance is Stance.UNKNOWN, Action.WAIT),
+    Row("halted", lambda facts, offer: offer.phase in ("FAILED", "ABORTED"), Action.CLOSE),
+    Row("missed it", lambda facts, offer: offer.phase == "COMPLETED" and facts.stance is not Stance.JOINED, Action.CLOSE),
+    Row("snapshot", lambda facts, offer: not facts.has_snapshot, Action.SNAPSHOT),
+    Row("initialize", lambda facts, offer: facts.model_round < 0, Action.INITIALIZE),
+    Row("join", lambda facts, offer: facts.stance is Stance.ACCEPTED, Action.JOIN),
+    Row("apply", lambda facts, offer: facts.model_round + 1 in offer.summed_rounds, Action.APPLY),
+    Row("evaluate", lambda facts, offer: facts.evaluated_round < min(facts.model_round, offer.rounds), Action.EVALUATE),
+    Row("report", lambda facts, offer: facts.reported_round < facts.model_round, Action.REPORT),
+    Row("close", lambda facts, offer: offer.phase == "COMPLETED", Action.CLOSE),
+    Row("open event", lambda facts, offer: _trains(offer) and facts.event_round < offer.attempt[0], Action.OPEN_EVENT),
+    Row("train", lambda facts, offer: _trains(offer) and facts.update_round < offer.attempt[0], Action.TRAIN),
+    Row("encode", lambda facts, offer: _open(offer) and facts.encoded < offer.attempt, Action.ENCODE),
+    Row("upload", lambda facts, offer: _open(offer) and facts.uploaded < offer.attempt, Action.UPLOAD),
+    Row("seal", lambda facts, offer: offer.phase == "SEALED" and offer.in_u3 and facts.sealed < offer.attempt, Action.SEAL),
+    Row("nothing to do", lambda facts, offer: True, Action.WAIT),
+)  # fmt: skip
+
+
+def next_row(facts: Facts, offer: Offered) -> Row:
+    """The row that decides, for every pair of facts and offer."""
+    return next(row for row in TABLE if row.when(facts, offer))
