@@ -1,0 +1,313 @@
+"""MLflow as a projection of the store: the store is the truth, MLflow a view of it that may be down, late or rebuilt at any time.
+
+`project` writes one run. Killed anywhere and repeated, it writes nothing twice and misses nothing, for MLflow's own keys make its
+writes idempotent: a metric is (run, key, step, timestamp, value) with step = round and timestamp = the round's commit time in the
+store, a param or tag is (run, key), an input is (run, dataset name, digest). Only making a run is not: its tag names it, and is
+searched first. `follow` is the loop around it: a thread of its own that no round ever waits for.
+
+This module reads no table: whoever holds the store fills the views below.
+"""
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+import structlog
+
+from aggregator.round import RunPhase
+from wardround.canonical import canonical_json, digest_name
+from wardround.errors import Disconnected, StorageError
+from wardround.plan import Plan
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
+
+log = structlog.get_logger()
+
+POLL_S = 2.0  # how often the store is asked for changes
+MAX_PAUSE_S = 30.0  # between two tries while MLflow is down
+REQUEST_TIMEOUT_S = 10
+METRICS_PER_CALL = 1000  # MLflow's limits of one log-batch request
+PARAMS_PER_CALL = 100
+MAX_NOTE_CHARS = 200
+DIGEST_CHARS = 32  # of a dataset digest: MLflow's column holds 36
+
+# The only names a silo's metrics may have in MLflow; dice/<class> besides, for the classes of the plan.
+MEASURES = frozenset({"dice", "hd95_mm", "auc", "balanced_accuracy"})
+PHASES = frozenset({"wait_gpu", "ingest", "train", "encode", "encrypt", "upload", "fold", "decrypt", "apply", "evaluate", "round"})
+STATUS = {RunPhase.COMPLETED: "FINISHED", RunPhase.FAILED: "FAILED", RunPhase.ABORTED: "KILLED"}
+
+
+@dataclass(frozen=True)
+class DatasetView:
+    """What one silo trains on, as its Join declares it: declared facts only, nothing derived from an image."""
+
+    silo: str
+    digest: bytes  # Join.dataset_digest
+    declared_patients: int
+
+
+@dataclass(frozen=True)
+class RoundView:
+    """One completed round. What it holds never changes afterwards, except that a late report may add a silo to `own`."""
+
+    round: int  # 1-based; plan.rounds + 1 is the closing round
+    attempt: int
+    committed_ms: int  # Unix time at which the store completed the round: the timestamp of all its metrics
+    model_round_measured: int  # the model that `means` measure: one round earlier, 0 is the initial one
+    means: Mapping[str, float]  # cohort means that came with the sum: dice, dice/<class>, hd95_mm, ...
+    cohort_size: int  # silos whose upload is in the sum
+    late: int  # silos of the cohort that had not uploaded when the round was sealed
+    dropped: int  # silos whose upload is in the sum and whose report is missing
+    upload_bytes: int  # of all silos together
+    download_bytes: int
+    seconds: Mapping[str, float] = field(default_factory=dict)  # phase (train, upload, fold, round, ...) -> maximum over silos
+    saturated_fraction: float = 0.0  # of the update's codes: maximum over silos
+    own: Mapping[str, Mapping[str, float]] = field(
+        default_factory=dict
+    )  # silo -> its metrics of this round's model; policy per_silo
+
+
+@dataclass(frozen=True)
+class RunView:
+    """All that MLflow shows of a run. Two equal views need no second projection."""
+
+    run_id: str  # the store's, as people type it: brain-tissue-1
+    federation: str
+    plan: Plan
+    submitted_by: str
+    phase: RunPhase
+    reason: str  # why it failed or was aborted, or whom it waits for; one sentence or empty
+    roster_digest: bytes
+    protocol: int
+    version: str  # of the aggregator's software
+    audit_head: bytes  # hash of the newest audit record about this run
+    created_ms: int
+    ended_ms: int | None = None
+    key_epoch: int = 0  # 0: in the clear
+    notes: tuple[str, ...] = ()  # what every reader must be told: the distinct notes of the joins
+    datasets: tuple[DatasetView, ...] = ()
+    rounds: tuple[RoundView, ...] = ()  # completed ones, oldest first
+
+
+class Point(NamedTuple):
+    """One value of one metric of one MLflow run."""
+
+    key: str
+    value: float
+    step: int
+    timestamp_ms: int
+
+
+class Source(Protocol):
+    """What `follow` needs of the store."""
+
+    def unprojected(self) -> Sequence[RunView]:
+        """Every run that is under way, or has ended since it was last reported as projected; oldest first."""
+
+    def projected(self, run_id: str) -> None:
+        """An ended run is in MLflow as a whole: never ask for it again."""
+
+
+def connect(tracking_uri: str) -> "MlflowClient":
+    """A client that says nothing to anyone else, never goes through a proxy and does not retry by itself: `follow` does.
+
+    MLflow is imported here because it takes seconds, which `aggregator --help` should not, and because it reads its switches on import.
+    """
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = os.environ["DO_NOT_TRACK"] = "true"
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(REQUEST_TIMEOUT_S)
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    if host := urlsplit(tracking_uri).hostname:
+        exempt = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        if host not in exempt.split(","):
+            os.environ["no_proxy"] = f"{exempt},{host}".lstrip(",")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=tracking_uri)
+
+
+def project(view: RunView, client: "MlflowClient", known: RunView | None = None) -> None:
+    """Write `view` to MLflow; rounds that equal those of `known`, which this process has projected already, are left out.
+
+    Raises Disconnected when MLflow cannot be reached and StorageError when it answers with an error: both mean "again, later".
+    A run that somebody deleted in MLflow is written anew. Non-finite values are not written: a gap in the curve is what they are.
+    """
+    import requests
+    from mlflow.exceptions import MlflowException, RestException
+
+    try:
+        _project(view, client, known)
+    except RestException as e:
+        raise StorageError(
+            f"MLflow refuses run {view.run_id} ({e.error_code}); see the log of the MLflow server; this is tried again"
+        ) from e
+    except (MlflowException, requests.RequestException) as e:
+        status = getattr(e, "error_code", None)
+        hint = "; does --allowed-hosts of the MLflow server list this host?" if status == "PERMISSION_DENIED" else ""
+        raise Disconnected(
+            f"MLflow cannot be reached ({status or type(e).__name__}); runs go on and it catches up later{hint}"
+        ) from e
+
+
+def _project(view: RunView, client: "MlflowClient", known: RunView | None) -> None:
+    from mlflow.entities import Param
+
+    before = {r.round: r for r in known.rounds} if known else {}
+    rounds = [r for r in view.rounds if before.get(r.round) != r]
+    name = f"{view.federation}/{view.plan.name}"
+    found = client.get_experiment_by_name(name)
+    experiment = found.experiment_id if found else client.create_experiment(name)
+
+    parent = _find_or_create(client, experiment, {"wardround.run_id": view.run_id}, view, view.run_id)
+    params = [Param(key, value) for key, value in params_of(view.plan).items()]
+    for start in range(0, len(params), PARAMS_PER_CALL):
+        client.log_batch(parent, params=params[start : start + PARAMS_PER_CALL])
+    if view.datasets:
+        client.log_inputs(parent, datasets=_datasets(view))
+    _log_points(client, parent, [point for r in rounds for point in points_of(view.plan, r)])
+
+    children = []
+    for silo in sorted({silo for r in (view.rounds if view.ended_ms else rounds) for silo in r.own}):
+        tags = {"mlflow.parentRunId": parent, "wardround.silo": silo}
+        children.append(_find_or_create(client, experiment, tags, view, f"{view.run_id}@{silo}"))
+        _log_points(client, children[-1], [point for r in rounds for point in own_points_of(view.plan, r, silo)])
+    _log_tags(client, parent, tags_of(view))
+    if view.ended_ms is not None:
+        for run in (*children, parent):
+            client.set_terminated(run, STATUS[view.phase], view.ended_ms)
+
+
+def params_of(plan: Plan) -> dict[str, str]:
+    """The plan with every default, flattened: `training.optimizer.momentum`; a list is one JSON value."""
+
+    def flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                yield from flat(f"{prefix}.{key}" if prefix else key, part)
+        else:
+            yield prefix, value if isinstance(value, str) else canonical_json(value).decode()
+
+    return dict(flat("", plan.model_dump(mode="json")))
+
+
+def tags_of(view: RunView) -> dict[str, str]:
+    return {
+        "mlflow.user": view.submitted_by,
+        "mlflow.note.content": note_of(view),
+        "wardround.phase": view.phase.value,
+        "wardround.plan_digest": digest_name(view.plan.digest),
+        "wardround.roster_digest": digest_name(view.roster_digest),
+        "wardround.key_epoch": str(view.key_epoch),
+        "wardround.protocol": str(view.protocol),
+        "wardround.version": view.version,
+        "wardround.audit_head": digest_name(view.audit_head),
+    }
+
+
+def note_of(view: RunView) -> str:
+    """What a reader sees first: what ran, on whom, and every caveat. A silo's note is one line of at most MAX_NOTE_CHARS."""
+    plan = view.plan
+    trained = sum(r.round <= plan.rounds for r in view.rounds)
+    lines = [
+        f"{plan.task} of {', '.join(plan.classes[1:])} on {plan.dataset}: {plan.model.network}, {plan.training.algorithm}",
+        f"{view.phase.value}, {trained} of {plan.rounds} rounds" + (f": {view.reason}" if view.reason else ""),
+    ]
+    if view.rounds:
+        lines.append(
+            f"{view.rounds[-1].cohort_size} hospitals in the newest round; at least {plan.aggregation.min_silos} in every round"
+        )
+    lines.append("no differential privacy: epsilon is unbounded")
+    if plan.aggregation.encryption == "none":
+        lines.append("the sum travelled in the clear: the aggregator could read every update")
+    lines += [" ".join(note.split())[:MAX_NOTE_CHARS] for note in view.notes]
+    return "\n".join(f"- {line}" for line in dict.fromkeys(lines))
+
+
+def points_of(plan: Plan, view: RoundView) -> Iterator[Point]:
+    """A round's metrics. Means stand at the step of the model they measure, everything else at the round's."""
+    yield from _measured("validation", plan, view.means, view.model_round_measured, view.committed_ms)
+    values = {
+        "cohort/size": view.cohort_size,
+        "cohort/late": view.late,
+        "cohort/dropped": view.dropped,
+        "bytes/upload": view.upload_bytes,
+        "bytes/download": view.download_bytes,
+        "update/saturated_fraction": view.saturated_fraction,
+    } | {f"seconds/{phase}": value for phase, value in view.seconds.items() if phase in PHASES}
+    for key, value in values.items():
+        yield Point(key, float(value), view.round, view.committed_ms)
+
+
+def own_points_of(plan: Plan, view: RoundView, silo: str) -> Iterator[Point]:
+    """One silo's metrics of this round's model, for its child run; none when its policy keeps them."""
+    yield from _measured("validation", plan, view.own.get(silo, {}), view.round, view.committed_ms)
+
+
+def _measured(prefix: str, plan: Plan, values: Mapping[str, float], step: int, committed_ms: int) -> Iterator[Point]:
+    allowed = MEASURES | {f"dice/{name}" for name in plan.classes}
+    for key in sorted(allowed & values.keys()):
+        yield Point(f"{prefix}/{key}", values[key], step, committed_ms)
+
+
+def _find_or_create(client: "MlflowClient", experiment: str, identity: dict[str, str], view: RunView, name: str) -> str:
+    """The id of the MLflow run that carries the tags `identity`; they are set in the same transaction that makes it."""
+    condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+    if found := client.search_runs([experiment], condition, max_results=1):
+        return str(found[0].info.run_id)
+    tags = identity | {"mlflow.user": view.submitted_by}
+    return str(client.create_run(experiment, start_time=view.created_ms, tags=tags, run_name=name).info.run_id)
+
+
+def _log_points(client: "MlflowClient", run: str, points: Sequence[Point]) -> None:
+    from mlflow.entities import Metric
+
+    metrics = [Metric(p.key, p.value, p.timestamp_ms, p.step) for p in points if math.isfinite(p.value)]
+    for start in range(0, len(metrics), METRICS_PER_CALL):
+        client.log_batch(run, metrics=metrics[start : start + METRICS_PER_CALL])
+
+
+def _log_tags(client: "MlflowClient", run: str, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    client.log_batch(run, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def _datasets(view: RunView) -> list["DatasetInput"]:
+    from mlflow.entities import Dataset, DatasetInput
+
+    def dataset(silo: DatasetView) -> Dataset:
+        facts = json.dumps({"silo": silo.silo, "declared_patients": silo.declared_patients, "digest": digest_name(silo.digest)})
+        return Dataset(f"{view.plan.dataset}@{silo.silo}", silo.digest.hex()[:DIGEST_CHARS], source_type="silo", source=facts)
+
+    return [DatasetInput(dataset(silo), tags=[]) for silo in view.datasets]
+
+
+def follow(source: Source, tracking_uri: str, stop: threading.Event) -> None:
+    """Keep MLflow up with the store until `stop`: run it in a thread of its own. One log line when MLflow goes down, one when it is back."""
+    client = connect(tracking_uri)
+    known: dict[str, RunView] = {}
+    down, pause = "", 0.0
+    while not stop.wait(pause):
+        try:
+            for view in source.unprojected():
+                if known.get(view.run_id) != view:
+                    project(view, client, known.get(view.run_id))
+                    known[view.run_id] = view
+                if view.ended_ms is not None:
+                    source.projected(view.run_id)
+                    del known[view.run_id]
+        except (Disconnected, StorageError) as e:
+            if e.code != down:
+                log.warning("lineage.down", code=e.code, reason=str(e))
+            down, pause = e.code, min(MAX_PAUSE_S, 2 * pause or POLL_S)
+            continue
+        if down:
+            log.info("lineage.up")
+        down, pause = "", POLL_S
