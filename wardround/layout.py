@@ -23,7 +23,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Layout:
-    """Arrays in the order of the network's state_dict. On the wire and on disk a model is their float32 values, little-endian, back to back."""
+    """Arrays in the order of the network's state_dict. A model's bytes are their float32 values, little-endian, back to back."""
 
     arrays: tuple[Array, ...]
 

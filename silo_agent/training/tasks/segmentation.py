@@ -1,0 +1,116 @@
+"""Segmentation: what a batch is, what is minimised, what is measured. One row per patient throughout; nothing couples rows."""
+
+import warnings
+from collections.abc import Sequence
+from math import dist, nan
+
+import numpy as np
+import torch
+from monai.metrics.hausdorff_distance import compute_hausdorff_distance
+from torch import Tensor
+from torch.nn.functional import log_softmax, one_hot
+
+from silo_agent.snapshot import Record, Snapshot
+from wardround.plan import Plan
+
+Patients = dict[str, list[Record]]
+
+
+def patients_of(snapshot: Snapshot, split: str) -> Patients:
+    """Pseudonym -> studies of the patients in `split`, in the order of pseudonym and key, whatever order the snapshot has."""
+    patients: Patients = {}
+    for record in sorted(snapshot.records, key=lambda r: (r.patient, r.key)):
+        if record.split == split:
+            patients.setdefault(record.patient, []).append(record)
+    return patients
+
+
+def draw_batch(
+    snapshot: Snapshot, patients: Patients, batch_size: int, patch: Sequence[int], random: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Images [n, 1, *patch] float32 and class indices [n, *patch] int64, n = min(batch_size, number of patients).
+
+    Distinct patients, uniformly; of each one random study, and of that one patch at a uniform place. With a patch of two
+    entries the patch lies in one random slice. Where a study is smaller than the patch it is padded at the end: the image
+    with 0, the mean of a standardised image, the label with 0, background.
+    """
+    names = list(patients)
+    images, labels = [], []
+    for chosen in random.choice(len(names), size=min(batch_size, len(names)), replace=False):
+        studies = patients[names[chosen]]
+        record = studies[random.integers(len(studies))]
+        window = [1, *patch] if len(patch) == 2 else list(patch)
+        start = [int(random.integers(max(edge - size, 0) + 1)) for edge, size in zip(record.shape, window, strict=True)]
+        where = tuple(slice(first, first + size) for first, size in zip(start, window, strict=True))
+        images.append(_padded(snapshot.image(record.key)[where], window).reshape(1, *patch))
+        labels.append(_padded(snapshot.label(record.key)[where], window).reshape(*patch))
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels).astype(np.int64))
+
+
+def _padded(piece: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    return np.pad(piece, [(0, size - have) for size, have in zip(shape, piece.shape, strict=True)])
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over rows of cross-entropy (mean over pixels) plus 1 - soft Dice (mean over structures, background left out).
+
+    logits [n, classes, *space] float32, labels [n, *space] int64 -> scalar. Soft Dice is Milletari et al. 2016 (V-Net) with
+    plain sums and 1 added above and below: a structure absent from label and prediction scores 1, and one absent from the
+    label alone still has a gradient. Cross-entropy by products, for torch's own has no deterministic backward on CUDA.
+    """
+    truth = one_hot(labels, logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+    log_probability = log_softmax(logits, dim=1)
+    cross_entropy = -(truth * log_probability).sum(1).flatten(1).mean(1)
+    probability, truth = log_probability.exp()[:, 1:].flatten(2), truth[:, 1:].flatten(2)
+    dice = (2 * (probability * truth).sum(2) + 1) / (probability.sum(2) + truth.sum(2) + 1)
+    return (cross_entropy + 1 - dice.mean(1)).mean()
+
+
+def score(predicted: np.ndarray, truth: np.ndarray, num_classes: int, spacing_mm: Sequence[float]) -> np.ndarray:
+    """Dice and HD95 of one volume: float64 [2, structures], class indices in [depth, height, width], background left out.
+
+    | structure is in     | Dice | HD95 in mm                                                              |
+    |---------------------|------|-------------------------------------------------------------------------|
+    | label and prediction | 2*overlap/sum | the larger of the two directed 95th percentiles of surface distance |
+    | only one of them    | 0    | the volume's diagonal: finite, and no prediction inside can be worse     |
+    | neither             | NaN  | NaN: says nothing, left out of every mean                               |
+    """
+    diagonal = dist((0.0,) * 3, [edge * mm for edge, mm in zip(truth.shape, spacing_mm, strict=True)])
+    result = np.full((2, num_classes - 1), nan)
+    for index in range(1, num_classes):
+        p, t = predicted == index, truth == index
+        volume = int(p.sum()) + int(t.sum())
+        if p.any() and t.any():
+            result[:, index - 1] = 2 * int((p & t).sum()) / volume, _hd95_mm(p, t, spacing_mm)
+        elif volume:
+            result[:, index - 1] = 0.0, diagonal
+    return result
+
+
+def _hd95_mm(predicted: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> float:
+    p, t = (torch.from_numpy(mask)[None, None] for mask in (predicted, truth))
+    with warnings.catch_warnings():
+        # MONAI 1.6.1 passes itself an argument that it has deprecated.
+        warnings.filterwarnings("ignore", "(?s).*always_return_as_numpy", FutureWarning)
+        return float(compute_hausdorff_distance(p, t, include_background=True, percentile=95, spacing=list(spacing_mm)))
+
+
+def summarize(scores: Sequence[Sequence[np.ndarray]], plan: Plan) -> dict[str, float]:
+    """`dice/<class>`, their mean `dice`, and `hd95_mm`, from the scores of each patient's studies (shape of `score`).
+
+    A mean over a patient's studies, then over patients, then over structures: every patient counts once. NaN is left out at
+    each stage; a structure that no patient has or is given has no key, and without any structure the result is empty.
+    """
+    dice, hd95 = _mean([_mean(studies) for studies in scores])
+    metrics = {f"dice/{name}": float(v) for name, v in zip(plan.classes[1:], dice, strict=True) if not np.isnan(v)}
+    if metrics:
+        metrics |= {"dice": float(np.nanmean(dice)), "hd95_mm": float(np.nanmean(hd95))}
+    return metrics
+
+
+def _mean(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean over the first axis of what is not NaN; NaN where nothing is left."""
+    stacked = np.stack(scores)
+    known = ~np.isnan(stacked)
+    total, count = np.where(known, stacked, 0.0).sum(axis=0), known.sum(axis=0)
+    return np.asarray(np.divide(total, count, out=np.full(total.shape, nan), where=count > 0))

@@ -1,0 +1,145 @@
+"""The program `trainer`: takes work from its agent's desk and gives back updates and metrics. No keys, no DICOM, no network.
+
+`handle` is a pure function of its work item on one kind of machine: a warm program and a fresh one give the same bits, so a
+killed trainer loses nothing but time. What else changes the bits: the device, and the number of threads (OMP_NUM_THREADS; 1
+if unset, since sums taken by several threads differ in their last bits from one thread's).
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from math import cos, pi
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from silo_agent.snapshot import Snapshot, read_snapshot
+from silo_agent.training.evaluation import evaluate
+from silo_agent.training.fedprox import Gradient, local_update
+from silo_agent.training.networks import as_bytes, build_network, initial_parameters, load_parameters
+from silo_agent.training.tasks import segmentation
+from silo_agent.work import TrainerResult, TrainerWork
+from wardround.canonical import frame, sha256
+from wardround.errors import DataError, MessageError
+from wardround.layout import layout_of
+from wardround.plan import Optimizer, Plan
+
+RANDOM_KEY_BYTES = 32
+
+
+def handle(work: TrainerWork) -> TrainerResult:
+    """Do one work item (silo_agent/work.py says what each kind gives back). Only `seconds` depends on anything but `work`.
+
+    MessageError: the item is malformed, or its model is of another layout or not finite. DataError: the snapshot has other
+    classes or no patients. IntegrityError: training diverged.
+    """
+    began = time.monotonic()
+    if work.kind == "initialize":
+        return TrainerResult(
+            values=initial_parameters(layout_of(work.plan), work.plan.initial.seed), seconds=time.monotonic() - began
+        )
+    snapshot = _snapshot_of(work)
+    device = prepare_device()
+    network = network_of(work.plan, work.parameters, device)
+    if work.kind == "train":
+        values, num_patients = train(network, work.plan, snapshot, work.round, work.random_key, device)
+        return TrainerResult(values=values, num_patients=num_patients, seconds=time.monotonic() - began, device=device.type)
+    metrics, num_patients = evaluate(network, work.plan, snapshot, "validation", device)
+    return TrainerResult(metrics=metrics, num_patients=num_patients, seconds=time.monotonic() - began, device=device.type)
+
+
+def _snapshot_of(work: TrainerWork) -> Snapshot:
+    if work.snapshot is None:
+        raise MessageError(f"a work item of kind {work.kind} names a snapshot: this one has none")
+    snapshot = _read_once(work.snapshot)
+    if tuple(snapshot.classes) != work.plan.classes:
+        seen, expected = ", ".join(snapshot.classes), ", ".join(work.plan.classes)
+        raise DataError(f"the plan's classes are {expected}; the snapshot's are {seen}: ingest again for this plan")
+    return snapshot
+
+
+@lru_cache(maxsize=1)
+def _read_once(folder: Path) -> Snapshot:
+    """A warm program checks a snapshot's digest once: its folder is immutable and named by that digest."""
+    return read_snapshot(folder)
+
+
+def prepare_device() -> torch.device:
+    """CUDA if there is one, else the CPU; torch set to deterministic algorithms (an operation that has none raises)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it only
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def network_of(plan: Plan, parameters: bytes, device: torch.device) -> nn.Module:
+    """The plan's network holding `parameters`. Raises MessageError as load_parameters does."""
+    network = build_network(plan.model, len(plan.data.patch), len(plan.classes))
+    load_parameters(network, layout_of(plan), parameters)
+    return network.to(device)
+
+
+def train(
+    network: nn.Module, plan: Plan, snapshot: Snapshot, round: int, random_key: bytes, device: torch.device
+) -> tuple[bytes, int]:
+    """One round of local training from the network's parameters: (update in layout order, number of training patients)."""
+    if not 1 <= round <= plan.rounds:
+        raise MessageError(f"a train item is for a round from 1 to {plan.rounds}: this one says {round}")
+    if len(random_key) != RANDOM_KEY_BYTES:
+        raise MessageError(f"random_key has {RANDOM_KEY_BYTES} bytes: this one has {len(random_key)}")
+    patients = segmentation.patients_of(snapshot, "train")
+    if not patients:
+        raise DataError("the snapshot has no training patients: see what was quarantined with `silo-agent data check`")
+    parameters = list(network.parameters())
+    update = local_update(
+        parameters,
+        _gradients(network, parameters, plan, snapshot, patients, random_key, device),
+        mu=plan.training.mu,
+        learning_rate=learning_rate(plan.training.optimizer, round, plan.rounds),
+        momentum=plan.training.optimizer.momentum,
+    )
+    return as_bytes(update), len(patients)
+
+
+def _gradients(
+    network: nn.Module,
+    parameters: Sequence[Tensor],
+    plan: Plan,
+    snapshot: Snapshot,
+    patients: segmentation.Patients,
+    random_key: bytes,
+    device: torch.device,
+) -> Iterator[Gradient]:
+    """One gradient per step of the plan, each of a fresh batch."""
+    for step in range(plan.training.steps):
+        images, labels = segmentation.draw_batch(
+            snapshot, patients, plan.training.batch_size, plan.data.patch, step_random(random_key, step)
+        )
+
+        def gradient(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(segmentation.loss(network(images.to(device)), labels.to(device)), parameters)
+
+        yield partial(gradient, images, labels)
+
+
+def step_random(random_key: bytes, step: int) -> np.random.Generator:
+    """What step `step` (from 0) of a work item draws from: PCG64, seeded with SHA-256("wardround/batch/1" | random_key | step)."""
+    seed = sha256(frame(b"wardround/batch/1", random_key, step.to_bytes(4, "big")))
+    return np.random.Generator(np.random.PCG64(int.from_bytes(seed, "big")))
+
+
+def learning_rate(optimizer: Optimizer, round: int, rounds: int) -> float:
+    """The rate of a round, 1-based. Cosine: the plan's rate in round 1, zero after the last (Loshchilov & Hutter 2017, eq. 5)."""
+    if optimizer.schedule == "constant":
+        return optimizer.learning_rate
+    return optimizer.learning_rate * 0.5 * (1 + cos(pi * (round - 1) / rounds))
+
+
+def main() -> None:
+    """Dial the agent's desk and work until told to stop."""
+    from silo_agent.desk_client import serve
+
+    serve("trainer", handle)
