@@ -1,0 +1,91 @@
+"""The hospital's settings: one YAML file, frozen, unknown keys refused. What enrolment learned (host, federation, silo) is not here."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from wardround.errors import DataError, SettingsError
+from wardround.plan import Name, explain
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Labels(_Part):
+    """Which segment of the hospital's DICOM SEG objects is which class of a plan: a SegmentLabel, or a code as SCHEME:VALUE."""
+
+    segments: dict[Name, str]
+
+
+class Dataset(_Part):
+    """A dataset binding: where a dataset that plans name lies in this hospital, and what its labels are called here."""
+
+    source: Path
+    labels: Labels
+    declared_patients: Annotated[int, Field(ge=1)]
+    """What the federation is told this hospital has: a public number with two significant digits, stated once per run. It weighs
+    the hospital's updates and is never derived from the data while it runs."""
+
+    note: str = ""
+    """One sentence that every reader of a run on this dataset is shown, e.g. that its patients are simulated."""
+
+    @field_validator("declared_patients")
+    @classmethod
+    def _two_significant_digits(cls, value: int) -> int:
+        if str(value)[2:].strip("0"):
+            raise ValueError(f"declared_patients has two significant digits, so that it says nothing exact: {value} has more")
+        return value
+
+
+class Proxy(_Part):
+    """An HTTP CONNECT proxy on the way out. Only this setting counts: proxy variables in the environment are never read."""
+
+    url: Annotated[str, Field(pattern=r"^http://[^/@]+$")]
+    login_file: Path | None = None
+    """`user:password`, in a file only this user can read."""
+
+
+class Network(_Part):
+    proxy: Proxy | None = None
+
+
+class Settings(_Part):
+    """configs/silo-agent.yaml is an example that runs."""
+
+    data: Path
+    """Keys, the state database and the spool: a local disk (SQLite), at least 20 times the model's size, backed up."""
+    datasets: dict[Name, Dataset] = {}
+    policy: Path | None = None
+    """The site policy; absent: the strict default."""
+    roster_approval: Literal["manual", "signed"] = "manual"
+    """manual: a new hospital counts only after `silo-agent roster approve`. signed: the operator's signature is enough."""
+    network: Network = Network()
+
+    def dataset(self, name: str) -> Dataset:
+        """Raises DataError that names what is bound here."""
+        if name not in self.datasets:
+            bound = ", ".join(sorted(self.datasets)) or "none"
+            raise DataError(
+                f"this hospital binds no dataset {name!r} (bound here: {bound}): add it under `datasets` in the settings"
+            )
+        return self.datasets[name]
+
+
+def load_settings(path: Path) -> Settings:
+    """Raises SettingsError that names each key. Relative paths in the file are relative to the file."""
+    try:
+        value = yaml.safe_load(path.read_bytes())
+        settings = Settings.model_validate(value)
+    except OSError as error:
+        raise SettingsError(f"cannot read the settings: {error.strerror}; name them with --config") from None
+    except yaml.YAMLError:
+        raise SettingsError("the settings are not YAML") from None
+    except ValidationError as error:
+        raise SettingsError(explain(error)) from None
+    base = path.parent
+    datasets = {k: d.model_copy(update={"source": base / d.source}) for k, d in settings.datasets.items()}
+    policy = None if settings.policy is None else base / settings.policy
+    return settings.model_copy(update={"data": base / settings.data, "datasets": datasets, "policy": policy})

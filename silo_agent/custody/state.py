@@ -1,0 +1,395 @@
+"""What a silo remembers: one SQLite file. Everything is written before it is sent; each method is one transaction, and the audit
+record of a decision is in the same transaction as the decision."""
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from silo_agent.round import NEVER, Attempt, Facts, Stance
+from wardround import audit
+from wardround.canonical import canonical_json
+from wardround.errors import ConflictError, StorageError
+from wardround.pb import federation_pb2 as pb
+
+BUSY_TIMEOUT_S = 10.0
+
+SCHEMA = """
+-- Facts about this installation: federation, silo, host, port, operator_key, audit_key (public, of this silo's chain).
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
+
+-- Signed rosters as received. approved_ms is NULL while IT has not approved a version that adds a member.
+CREATE TABLE IF NOT EXISTS rosters (
+    version INTEGER PRIMARY KEY CHECK (version >= 1),
+    data BLOB NOT NULL,                          -- roster.json as signed by the operator
+    approved_ms INTEGER                          -- milliseconds since 1970
+) STRICT;
+
+CREATE TABLE IF NOT EXISTS runs (
+    run TEXT PRIMARY KEY,
+    plan BLOB NOT NULL,                          -- canonical JSON; what was judged is what trains
+    stance TEXT NOT NULL CHECK (stance IN ('accepted', 'refusing', 'refused', 'joined', 'closed')),
+    code TEXT, reason TEXT,                      -- of a refusal: error code and one sentence
+    snapshot TEXT,                               -- hex digest; a run trains on one snapshot
+    statement BLOB,                              -- the signed Join, exactly as sent
+    model_round INTEGER NOT NULL DEFAULT -1,     -- newest global model: -1 none, 0 the initial one
+    CHECK ((stance IN ('refusing', 'refused')) = (code IS NOT NULL))
+) STRICT;
+
+CREATE TABLE IF NOT EXISTS models (
+    run TEXT NOT NULL REFERENCES runs,
+    round INTEGER NOT NULL CHECK (round >= 0),
+    mac BLOB NOT NULL CHECK (length(mac) = 32),
+    exponents TEXT NOT NULL,                     -- JSON list: log2 of the next round's bound per array
+    state TEXT NOT NULL,                         -- hex digest of the model's file in the spool
+    ctx BLOB CHECK (length(ctx) = 32),           -- of the attempt whose sum it came from; NULL for the initial model
+    sum_digest BLOB,                             -- of the sum it came from; NULL for the initial model
+    means TEXT NOT NULL DEFAULT '{}',            -- JSON: cohort means that came out of the sum (they measure the round before)
+    saturated REAL NOT NULL DEFAULT 0,           -- fraction of the cohort's values that saturated, 0..1
+    metrics TEXT,                                -- JSON: this silo's validation metrics; NULL until evaluated
+    num_validation INTEGER,                      -- patients behind `metrics`
+    seconds TEXT NOT NULL DEFAULT '{}',          -- JSON: seconds per phase
+    reported INTEGER NOT NULL DEFAULT 0 CHECK (reported IN (0, 1)),  -- acknowledged by the aggregator
+    PRIMARY KEY (run, round)
+) STRICT;
+
+-- One per round that trains. random_key drives batches, patches and rounding; it is deleted when the run closes.
+CREATE TABLE IF NOT EXISTS events (
+    run TEXT NOT NULL REFERENCES runs,
+    round INTEGER NOT NULL CHECK (round >= 1),
+    random_key BLOB CHECK (length(random_key) = 32),
+    seeded INTEGER NOT NULL CHECK (seeded IN (0, 1)),  -- 1: reproducible, hence forbidden for release
+    opened_ms INTEGER NOT NULL,
+    update_digest TEXT,                          -- hex; NULL until the one update of this event is durable
+    num_patients INTEGER,
+    PRIMARY KEY (run, round)
+) STRICT;
+
+-- What was made for one attempt of one round: at most one upload and one Seal, ever.
+CREATE TABLE IF NOT EXISTS attempts (
+    run TEXT NOT NULL REFERENCES runs,
+    round INTEGER NOT NULL CHECK (round >= 1),
+    attempt INTEGER NOT NULL CHECK (attempt >= 1),
+    ctx BLOB NOT NULL CHECK (length(ctx) = 32),
+    header BLOB NOT NULL,                        -- the signed UploadHeader, exactly as sent
+    uploaded INTEGER NOT NULL DEFAULT 0 CHECK (uploaded IN (0, 1)),
+    seal BLOB,                                   -- the signed Seal, exactly as sent
+    seal_sent INTEGER NOT NULL DEFAULT 0 CHECK (seal_sent IN (0, 1)),
+    PRIMARY KEY (run, round, attempt)
+) STRICT;
+
+-- What the agent is doing, for `silo-agent status`: one row.
+CREATE TABLE IF NOT EXISTS activity (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    word TEXT NOT NULL, detail TEXT NOT NULL, since_ms INTEGER NOT NULL
+) STRICT;
+
+-- The aggregator's audit heads as this silo saw them: whoever cuts that chain is found out here.
+CREATE TABLE IF NOT EXISTS heads (
+    seq INTEGER PRIMARY KEY CHECK (seq >= 1), hash BLOB NOT NULL, signature BLOB NOT NULL, time_ms INTEGER NOT NULL
+) STRICT;
+
+-- This silo's own decisions, hash-chained and signed: wardround/audit.py.
+CREATE TABLE IF NOT EXISTS audit (
+    seq INTEGER PRIMARY KEY CHECK (seq >= 1), time_ms INTEGER NOT NULL, kind TEXT NOT NULL,
+    body TEXT NOT NULL,                          -- canonical JSON: digests and decisions, never data
+    previous BLOB NOT NULL, hash BLOB NOT NULL, signature BLOB NOT NULL
+) STRICT;
+"""
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class State:
+    """The silo's store. One process writes (the agent); the command line reads beside it."""
+
+    def __init__(self, path: Path, audit_key: Ed25519PrivateKey | None = None) -> None:
+        """`audit_key` signs this silo's audit chain; without it (status, roster show) nothing can be written."""
+        self._audit_key = audit_key
+        try:
+            self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise _storage(error) from None
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise _storage(error) from None
+
+    def _record(self, db: sqlite3.Connection, kind: str, body: dict[str, Any]) -> None:
+        if self._audit_key is None:
+            raise StorageError("this state was opened for reading")
+        last = db.execute("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
+        record = audit.append(None if last is None else audit.Head(*last), now_ms(), kind, body)
+        signature = audit.sign_head(record, self._audit_key)
+        values = (record.seq, record.time_ms, kind, canonical_json(body).decode(), record.previous, record.hash, signature)
+        db.execute("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+    def _one(self, query: str, *values: Any) -> Any:
+        try:
+            return self._db.execute(query, values).fetchone()
+        except sqlite3.Error as error:
+            raise _storage(error) from None
+
+    def _all(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise _storage(error) from None
+
+    # --- this installation -----------------------------------------------------------------------------------------------------
+
+    def meta(self, key: str) -> bytes | None:
+        row = self._one("SELECT value FROM meta WHERE key = ?", key)
+        return None if row is None else bytes(row["value"])
+
+    def enrolled(self, facts: dict[str, bytes]) -> None:
+        """Remember where and as whom this silo enrolled."""
+        with self._transaction() as db:
+            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", facts.items())
+            self._record(db, "enrolled", {"silo": facts["silo"].decode(), "federation": facts["federation"].decode()})
+
+    def set_activity(self, word: str, detail: str) -> None:
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO activity VALUES (1, ?, ?, ?)", (word, detail, now_ms()))
+
+    def activity(self) -> sqlite3.Row | None:
+        row: sqlite3.Row | None = self._one("SELECT * FROM activity")
+        return row
+
+    # --- rosters ---------------------------------------------------------------------------------------------------------------
+
+    def rosters(self) -> list[sqlite3.Row]:
+        """Oldest first: version, data, approved_ms."""
+        return self._all("SELECT * FROM rosters ORDER BY version")
+
+    def add_roster(self, version: int, data: bytes, digest: str) -> None:
+        with self._transaction() as db:
+            if db.execute("INSERT OR IGNORE INTO rosters VALUES (?, ?, NULL)", (version, data)).rowcount:
+                self._record(db, "roster seen", {"version": version, "digest": digest})
+
+    def approve_roster(self, version: int, by: str) -> None:
+        with self._transaction() as db:
+            db.execute("UPDATE rosters SET approved_ms = ? WHERE version <= ? AND approved_ms IS NULL", (now_ms(), version))
+            self._record(db, "roster approved", {"version": version, "by": by})
+
+    # --- the aggregator's audit heads ------------------------------------------------------------------------------------------
+
+    def last_head(self) -> sqlite3.Row | None:
+        row: sqlite3.Row | None = self._one("SELECT * FROM heads ORDER BY seq DESC LIMIT 1")
+        return row
+
+    def keep_head(self, seq: int, digest: bytes, signature: bytes) -> None:
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO heads VALUES (?, ?, ?, ?)", (seq, digest, signature, now_ms()))
+
+    # --- runs ------------------------------------------------------------------------------------------------------------------
+
+    def run(self, run: str) -> sqlite3.Row | None:
+        row: sqlite3.Row | None = self._one("SELECT * FROM runs WHERE run = ?", run)
+        return row
+
+    def runs(self) -> list[sqlite3.Row]:
+        return self._all("SELECT * FROM runs ORDER BY rowid")
+
+    def facts(self, run: str) -> Facts:
+        """What the round table decides on."""
+        try:
+            self._db.execute("BEGIN")
+            try:
+                return self._facts(run)
+            finally:
+                self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise _storage(error) from None
+
+    def _facts(self, run: str) -> Facts:
+        row = self.run(run)
+        if row is None:
+            return Facts(Stance.UNKNOWN)
+
+        def newest(table: str, column: str, condition: str = "TRUE") -> int | None:
+            found = self._one(f"SELECT max({column}) FROM {table} WHERE run = ? AND {condition}", run)[0]  # noqa: S608 - our words
+            return None if found is None else int(found)
+
+        def attempt(condition: str) -> Attempt:
+            order = "ORDER BY round DESC, attempt DESC LIMIT 1"
+            found = self._one(f"SELECT round, attempt FROM attempts WHERE run = ? AND {condition} {order}", run)  # noqa: S608 - our words
+            return NEVER if found is None else (found["round"], found["attempt"])
+
+        return Facts(
+            stance=Stance(row["stance"]),
+            has_snapshot=row["snapshot"] is not None,
+            model_round=row["model_round"],
+            evaluated_round=_or(newest("models", "round", "metrics IS NOT NULL"), -1),
+            reported_round=_or(newest("models", "round", "reported = 1"), 0),
+            event_round=_or(newest("events", "round"), 0),
+            update_round=_or(newest("events", "round", "update_digest IS NOT NULL"), 0),
+            encoded=attempt("TRUE"),
+            uploaded=attempt("uploaded = 1"),
+            sealed=attempt("seal_sent = 1"),
+        )
+
+    def judged(self, run: str, plan: bytes, plan_digest: bytes, code: str | None, reason: str) -> None:
+        """The hospital's answer to a plan; `code` None: accepted."""
+        stance = Stance.ACCEPTED if code is None else Stance.REFUSING
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO runs (run, plan, stance, code, reason) VALUES (?, ?, ?, ?, ?)", (run, plan, stance.value, code, reason)
+            )
+            self._record(db, stance.value, {"run": run, "plan": plan_digest.hex(), "code": code, "reason": reason})
+
+    def refuse(self, run: str, code: str, reason: str) -> None:
+        """A run that was accepted and cannot be joined after all: no such data, say."""
+        with self._transaction() as db:
+            db.execute("UPDATE runs SET stance = 'refusing', code = ?, reason = ? WHERE run = ?", (code, reason, run))
+            self._record(db, "refusing", {"run": run, "code": code, "reason": reason})
+
+    def snapshot_made(self, run: str, snapshot: str, counts: dict[str, int]) -> None:
+        with self._transaction() as db:
+            db.execute("UPDATE runs SET snapshot = ? WHERE run = ?", (snapshot, run))
+            self._record(db, "snapshot", {"run": run, "snapshot": snapshot, "patients": counts})
+
+    def set_stance(self, run: str, stance: Stance, statement: bytes | None = None) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE runs SET stance = ?, statement = coalesce(?, statement), code = CASE WHEN ? = 'refused' THEN code END "
+                "WHERE run = ?",
+                (stance.value, statement, stance.value, run),
+            )
+            if stance is Stance.CLOSED:
+                db.execute("UPDATE events SET random_key = NULL WHERE run = ?", (run,))
+            self._record(db, stance.value, {"run": run})
+
+    def keep_statement(self, run: str, statement: bytes) -> None:
+        """The Join, before it is sent: a restart resends the same bytes."""
+        with self._transaction() as db:
+            db.execute("UPDATE runs SET statement = ? WHERE run = ? AND statement IS NULL", (statement, run))
+
+    # --- models ----------------------------------------------------------------------------------------------------------------
+
+    def model(self, run: str, round_: int) -> sqlite3.Row:
+        return self._one("SELECT * FROM models WHERE run = ? AND round = ?", run, round_)  # type: ignore[no-any-return]
+
+    def model_made(self, run: str, round_: int, model: dict[str, Any], u3: list[str]) -> None:
+        """A new global model, applied from the sum of `u3` (empty for the initial model); its file is durable already."""
+        with self._transaction() as db:
+            columns = {"run": run, "round": round_, **model}
+            marks = ", ".join(f":{name}" for name in columns)
+            db.execute(f"INSERT INTO models ({', '.join(columns)}) VALUES ({marks})", columns)  # noqa: S608 - our words
+            db.execute("UPDATE runs SET model_round = ? WHERE run = ?", (round_, run))
+            self._record(db, "model", {"run": run, "round": round_, "mac": model["mac"].hex(), "silos": u3})
+
+    def needed(self, run: str) -> set[str]:
+        """Hex digests of what a later step may still ask for: each run's newest model, this run's update and uploads of the round
+        that follows it."""
+        models = self._all("SELECT state FROM models NATURAL JOIN runs WHERE round = model_round")
+        following = "run = ? AND round = (SELECT model_round + 1 FROM runs WHERE run = ?)"
+        updates = self._all(f"SELECT update_digest FROM events WHERE {following} AND update_digest NOT NULL", run, run)  # noqa: S608
+        headers = self._all(f"SELECT header FROM attempts WHERE {following}", run, run)  # noqa: S608 - our words
+        uploads = (pb.UploadHeader.FromString(pb.Signed.FromString(row["header"]).body).content_digest for row in headers)
+        return {*(row[0] for row in models), *(row[0] for row in updates), *(digest.hex() for digest in uploads)}
+
+    def evaluated(self, run: str, round_: int, metrics: str, num_validation: int) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE models SET metrics = ?, num_validation = ? WHERE run = ? AND round = ?",
+                (metrics, num_validation, run, round_),
+            )
+
+    def reported(self, run: str, round_: int, digest: bytes) -> None:
+        with self._transaction() as db:
+            db.execute("UPDATE models SET reported = 1 WHERE run = ? AND round <= ?", (run, round_))
+            self._record(db, "model report", {"run": run, "round": round_, "statement": digest.hex()})
+
+    # --- training and uploads --------------------------------------------------------------------------------------------------
+
+    def open_event(self, run: str, round_: int, random_key: bytes, seeded: bool) -> None:
+        with self._transaction() as db:
+            db.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, NULL, NULL)", (run, round_, random_key, seeded, now_ms()))
+            self._record(db, "event opened", {"run": run, "round": round_, "seeded": seeded})
+
+    def event(self, run: str, round_: int) -> sqlite3.Row:
+        return self._one("SELECT * FROM events WHERE run = ? AND round = ?", run, round_)  # type: ignore[no-any-return]
+
+    def update_made(self, run: str, round_: int, digest: str, num_patients: int) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE events SET update_digest = ?, num_patients = ? WHERE run = ? AND round = ?",
+                (digest, num_patients, run, round_),
+            )
+            self._record(db, "update", {"run": run, "round": round_, "digest": digest})
+
+    def attempt(self, run: str, attempt: Attempt) -> sqlite3.Row | None:
+        row: sqlite3.Row | None = self._one("SELECT * FROM attempts WHERE run = ? AND round = ? AND attempt = ?", run, *attempt)
+        return row
+
+    def encoded(self, run: str, attempt: Attempt, ctx: bytes, header: bytes, content_digest: bytes) -> None:
+        """The upload of this attempt is durable in the spool; no other will be made for it."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO attempts (run, round, attempt, ctx, header) VALUES (?, ?, ?, ?, ?)", (run, *attempt, ctx, header)
+            )
+            self._record(db, "upload", {"run": run, "attempt": list(attempt), "ctx": ctx.hex(), "content": content_digest.hex()})
+
+    def uploaded(self, run: str, attempt: Attempt) -> None:
+        with self._transaction() as db:
+            db.execute("UPDATE attempts SET uploaded = 1 WHERE run = ? AND round = ? AND attempt = ?", (run, *attempt))
+
+    def sealing(self, run: str, attempt: Attempt, seal: bytes, u3: list[str]) -> bytes:
+        """Keep the Seal before it is sent. Returns the one to send; a second, different one for the attempt raises ConflictError."""
+        with self._transaction() as db:
+            row = self.attempt(run, attempt)
+            if row is None:
+                raise ConflictError("asked to seal an attempt that this silo uploaded nothing for")
+            if row["seal"] is not None and row["seal"] != seal:
+                raise ConflictError(
+                    "asked to seal two different sets of uploads for one attempt: the aggregator does not follow the protocol"
+                )
+            if row["seal"] is None:
+                db.execute("UPDATE attempts SET seal = ? WHERE run = ? AND round = ? AND attempt = ?", (seal, run, *attempt))
+                self._record(db, "seal", {"run": run, "attempt": list(attempt), "silos": u3})
+            return seal
+
+    def sealed(self, run: str, attempt: Attempt) -> None:
+        with self._transaction() as db:
+            db.execute("UPDATE attempts SET seal_sent = 1 WHERE run = ? AND round = ? AND attempt = ?", (run, *attempt))
+
+
+def _or(value: int | None, otherwise: int) -> int:
+    return otherwise if value is None else value
+
+
+def _storage(error: sqlite3.Error) -> StorageError:
+    text = str(error)
+    if "locked" in text or "busy" in text:
+        return StorageError(
+            f"the silo's database is locked by another process for more than {BUSY_TIMEOUT_S:.0f} s; it is tried again"
+        )
+    if "full" in text:
+        return StorageError("the disk under the silo's database is full: nothing was lost; free space and it goes on")
+    if "malformed" in text or "not a database" in text:
+        return StorageError("the silo's database is damaged: restore it from a backup, do not delete it")
+    return StorageError(f"the silo's database refuses: {text}")

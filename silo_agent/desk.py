@@ -1,0 +1,100 @@
+"""The agent's side of the desk: one piece of work at a time for each helper program, handed out again until it is delivered.
+
+A helper that dies takes nothing with it: work stays on the desk until a result for it came back whole, and a result is a pure
+function of the work, so it does not matter who delivers it or how often.
+"""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from silo_agent.pb import desk_pb2, desk_pb2_grpc
+from silo_agent.work import IngestResult, TrainerResult, TrainerWork
+from silo_agent.work_wire import Work, collect, pieces, read_failure, read_result, work_facts
+from wardround.errors import MessageError, WardroundError
+
+TAKE_WAIT_S = 20.0  # one Take; the helper asks again
+PROGRAMS = ("trainer", "ingest")
+
+
+@dataclass
+class _Slot:
+    """What lies on the desk for one program."""
+
+    work: Work | None = None
+    work_id: str = ""
+    outcome: TrainerResult | IngestResult | WardroundError | None = None
+
+
+class Desk(desk_pb2_grpc.DeskServicer):
+    """Serves helpers on a Unix socket in a folder that only this user can enter."""
+
+    def __init__(self, socket: Path) -> None:
+        socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        socket.unlink(missing_ok=True)
+        self.address = f"unix:{socket}"
+        self._slots = {program: _Slot() for program in PROGRAMS}
+        self._changed = threading.Condition()
+        self._count = 0
+        self._closed = False
+        self._server = grpc.server(ThreadPoolExecutor(max_workers=8), options=[("grpc.so_reuseport", 0)])
+        desk_pb2_grpc.add_DeskServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        self._server.add_insecure_port(self.address)
+        self._server.start()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._server.stop(grace=0.5).wait()
+
+    def submit(self, work: Work) -> str:
+        """Put work on the desk of its program, in place of whatever lay there. Returns its id."""
+        program = "trainer" if isinstance(work, TrainerWork) else "ingest"
+        with self._changed:
+            self._count += 1
+            self._slots[program] = _Slot(work, f"{program}-{self._count}")
+            self._changed.notify_all()
+            return self._slots[program].work_id
+
+    def wait(self, work_id: str, timeout_s: float) -> TrainerResult | IngestResult | None:
+        """The result, or None after `timeout_s`. Raises what the helper failed with."""
+        slot = self._slots[work_id.partition("-")[0]]
+        with self._changed:
+            self._changed.wait_for(lambda: slot.outcome is not None or self._closed, timeout_s)
+            if isinstance(slot.outcome, WardroundError):
+                raise slot.outcome
+            return slot.outcome
+
+    def has_work(self, program: str) -> bool:
+        """Whether the program is needed now."""
+        slot = self._slots[program]
+        return slot.work is not None and slot.outcome is None
+
+    def Take(self, request: desk_pb2.Hello, context: grpc.ServicerContext) -> Iterator[desk_pb2.Piece]:
+        if request.program not in PROGRAMS:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the desk knows {' and '.join(PROGRAMS)}, not {request.program!r}")
+        with self._changed:
+            self._changed.wait_for(lambda: self.has_work(request.program) or self._closed, TAKE_WAIT_S)
+            slot = self._slots[request.program]
+            work = slot.work if self.has_work(request.program) and not self._closed else None
+        if work is None:
+            return iter([desk_pb2.Piece()])
+        data = work.parameters if isinstance(work, TrainerWork) else b""
+        return pieces(slot.work_id, work_facts(work), data)
+
+    def Deliver(self, request_iterator: Iterator[desk_pb2.Piece], context: grpc.ServicerContext) -> desk_pb2.Ack:
+        try:
+            work_id, facts, data, failed = collect(request_iterator)
+        except MessageError as error:
+            context.abort(grpc.StatusCode.DATA_LOSS, str(error))
+        slot = self._slots.get(work_id.partition("-")[0])
+        with self._changed:
+            if slot is not None and slot.work_id == work_id and slot.work is not None and slot.outcome is None:
+                slot.outcome = read_failure(facts) if failed else read_result(slot.work, facts, data)
+                self._changed.notify_all()
+        return desk_pb2.Ack()

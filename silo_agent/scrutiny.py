@@ -1,0 +1,131 @@
+"""What a silo checks before it believes an offer. Pure: an offer and the silo's own state in, checked facts or an error out.
+
+The aggregator is trusted with nothing here: names, weights, the set of uploads and ctx are all recomputed from what this silo
+knows and what other silos signed under the roster it approved.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from wardround.chunks import CLEAR_HE_DIGEST
+from wardround.errors import IntegrityError, MessageError, VersionError
+from wardround.messages import NO_EPOCH, cohort_digest, opened, round_ctx, run_ctx
+from wardround.pb import federation_pb2 as pb
+from wardround.plan import Plan
+
+Identities = Mapping[str, bytes]  # silo -> Ed25519 public key, from the approved roster
+
+
+@dataclass(frozen=True)
+class Known:
+    """This silo's own view of a run at the round it stands at."""
+
+    silo: str
+    federation: str
+    run: str
+    plan: Plan
+    layout_digest: bytes
+    bounds_digest: bytes  # of the bounds for the next round to sum
+    model_mac: bytes  # of the global model this silo holds
+
+
+def check_ctx(known: Known, facts: pb.Round, roster_digest: bytes) -> bytes:
+    """ctx of the attempt, computed here. Raises MessageError that names the first fact on which the aggregator differs."""
+    if facts.protocol != known.plan.protocol:
+        raise VersionError(f"the round speaks protocol {facts.protocol}, its plan {known.plan.protocol}")
+    ours = {
+        "federation": known.federation,
+        "plan_digest": known.plan.digest,
+        "layout_digest": known.layout_digest,
+        "bounds_digest": known.bounds_digest,
+        "he_digest": CLEAR_HE_DIGEST,
+        "key_epoch": 0,
+        "epoch_commitment": NO_EPOCH,
+        "roster_digest": roster_digest,
+        "previous_model_mac": known.model_mac,
+    }
+    for name, value in ours.items():
+        if getattr(facts, name) != value:
+            raise MessageError(
+                f"round {facts.round}, attempt {facts.attempt}: the aggregator's {name} is not this silo's; nothing is sent"
+            )
+    ctx = round_ctx(facts, known.run)
+    if facts.ctx != ctx:
+        raise MessageError(f"round {facts.round}, attempt {facts.attempt}: the aggregator's ctx is not what its own facts give")
+    return ctx
+
+
+def check_joins(known: Known, joins: Iterable[pb.Signed], cohort: Iterable[str], identities: Identities) -> dict[str, int]:
+    """Declared patients per silo of the cohort, out of the silos' own signed Joins."""
+    ctx = run_ctx(known.federation, known.run, known.plan.digest)
+    declared: dict[str, int] = {}
+    for signed in joins:
+        declared[signed.silo] = opened(signed, pb.Join, ctx, _identity(signed.silo, identities)).declared_patients
+    missing = sorted(set(cohort) - declared.keys())
+    if missing:
+        raise MessageError(f"the offer names {', '.join(missing)} in the cohort without a signed Join")
+    return {silo: declared[silo] for silo in cohort}
+
+
+@dataclass(frozen=True)
+class Sealable:
+    """U3, checked: headers by silo, sorted by name."""
+
+    headers: Mapping[str, pb.UploadHeader]
+
+    @property
+    def declared(self) -> list[int]:
+        return [header.declared_patients for header in self.headers.values()]
+
+    @property
+    def cap(self) -> int:
+        return next(iter(self.headers.values())).cap
+
+
+def check_uploads(known: Known, facts: pb.Round, ctx: bytes, uploads: Iterable[pb.Signed], identities: Identities) -> Sealable:
+    """U3's headers: each signed by its silo for this ctx, one per silo, all with one cap, enough of them."""
+    headers: dict[str, pb.UploadHeader] = {}
+    for signed in sorted(uploads, key=lambda signed: signed.silo):
+        header = opened(signed, pb.UploadHeader, ctx, _identity(signed.silo, identities))
+        if signed.silo in headers or header.silo != signed.silo or signed.silo not in facts.cohort:
+            raise IntegrityError(f"the uploads to be summed do not fit the cohort: {signed.silo}")
+        headers[signed.silo] = header
+    if len(headers) < known.plan.aggregation.min_silos:
+        raise IntegrityError(f"a sum of {len(headers)} silos was offered; the plan demands {known.plan.aggregation.min_silos}")
+    if len({header.cap for header in headers.values()}) != 1:
+        raise IntegrityError("the silos of one sum used different caps: their updates cannot be added")
+    if any(header.declared_patients > header.cap for header in headers.values()):
+        raise IntegrityError("a silo of the sum declared more patients than the cap")
+    return Sealable(headers)
+
+
+def make_seal(known: Known, facts: pb.Round, ctx: bytes, sealable: Sealable, own_digest: bytes) -> pb.Seal:
+    """The Seal over U3. Raises IntegrityError unless this silo's own upload is in it, unaltered."""
+    own = sealable.headers.get(known.silo)
+    if own is None or own.content_digest != own_digest:
+        raise IntegrityError("the set to be sealed does not hold this silo's own upload: nothing is signed")
+    cohort = sorted(facts.cohort)
+    return pb.Seal(
+        cohort_digest=cohort_digest(ctx, cohort),
+        u2=cohort,
+        u3=list(sealable.headers),
+        content_digests=[header.content_digest for header in sealable.headers.values()],
+    )
+
+
+def check_reports(
+    known: Known, facts: pb.Round, ctx: bytes, reports: Iterable[pb.Signed], identities: Identities, mac: bytes
+) -> None:
+    """Other silos' signed reports of the model that this silo computed as `mac`. Raises IntegrityError when one differs."""
+    for signed in reports:
+        report = opened(signed, pb.ModelReport, ctx, _identity(signed.silo, identities))
+        if report.model_mac != mac:
+            raise IntegrityError(
+                f"{signed.silo} reports another model for round {facts.round} than this silo computed: the run halts; compare versions"
+            )
+
+
+def _identity(silo: str, identities: Identities) -> bytes:
+    if silo not in identities:
+        raise MessageError(f"the offer holds a statement of {silo}, which is not in the roster this hospital approved")
+    return identities[silo]
