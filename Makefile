@@ -1,0 +1,41 @@
+# Two commands are enough: make demo, make test. Both set up everything first (scripts/setup), which takes no time when nothing changed.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-result demo-clean test check lint lock
+
+help:
+	@echo "Wardround: train one medical imaging model across hospitals; the data stays, the model goes round."
+	@echo
+	@echo "  make demo         three hospitals, an aggregator and MLflow on this machine; ends with one table"
+	@echo "  make demo-result  result.json of the newest demo; with -s nothing else is printed, for programs"
+	@echo "  make demo-clean   remove the demo's folder: hospitals, keys, runs"
+	@echo "  make test         everything that must hold: lint, then every test, whole federations too"
+	@echo "  make check        before a commit: lint, then the quick tests"
+	@echo "  make lint         style, types, import contracts, generated code"
+	@echo "  make lock         pin requirements/*.txt anew after a change of pyproject.toml"
+	@echo
+	@echo "The first of them installs 5.3 GB into .venv. Downloads are kept in WARDROUND_CACHE (default ~/.cache/wardround) and uv's cache."
+
+setup:
+	@scripts/setup
+
+demo: setup
+	@.venv/bin/python -m sandbox
+
+demo-result:
+	@cat demo/result.json 2>/dev/null || { echo "no result yet: run make demo first" >&2; exit 1; }
+
+demo-clean:
+	rm -rf demo
+
+test: setup
+	scripts/lint
+	.venv/bin/python -m pytest
+
+check: setup
+	scripts/check
+
+lint: setup
+	scripts/lint
+
+lock: setup
+	scripts/lock
