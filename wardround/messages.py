@@ -75,9 +75,7 @@ def check_signature(signed: pb.Signed, identity: bytes) -> None:
     if len(signed.body) > MAX_BODY_BYTES:
         raise MessageError(f"a {signed.message} has at most {MAX_BODY_BYTES} bytes: this one has {len(signed.body)}")
     try:
-        Ed25519PublicKey.from_public_bytes(identity).verify(
-            signed.signature, signed_bytes(signed.message, signed.ctx, signed.body)
-        )
+        Ed25519PublicKey.from_public_bytes(identity).verify(signed.signature, signed_bytes(signed.message, signed.ctx, signed.body))
     except (InvalidSignature, ValueError):
         raise IdentityError(
             f"the {signed.message} of {signed.silo} is not signed by the identity key that the roster names for it"
@@ -100,3 +98,19 @@ def opened(signed: pb.Signed, kind: type[Body], ctx: bytes, identity: bytes) -> 
 def statement_digest(signed: pb.Signed) -> bytes:
     """Names a statement in receipts and in the audit chain: 32 bytes."""
     return sha256(signed.SerializeToString(deterministic=True))
+
+
+def enroll_bytes(federation: str, silo: str, csr_pem: bytes, identity: bytes, sealing: bytes) -> bytes:
+    """What a silo signs with its identity key when it enrols: it holds that key, and means this name in this federation."""
+    return frame(b"wardround/enroll/1", federation.encode(), silo.encode(), csr_pem, identity, sealing)
+
+
+def check_enroll_request(request: pb.EnrollRequest, federation: str, silo: str) -> None:
+    """Raises MessageError for its form, IdentityError unless the identity key inside signed it for this name. The CSR is pki's."""
+    if len(request.identity) != 32 or len(request.sealing) != 32:
+        raise MessageError(f"expected two public keys of 32 bytes, got {len(request.identity)} and {len(request.sealing)}")
+    signed = enroll_bytes(federation, silo, request.csr_pem, request.identity, request.sealing)
+    try:
+        Ed25519PublicKey.from_public_bytes(request.identity).verify(request.signature, signed)
+    except (InvalidSignature, ValueError):
+        raise IdentityError(f"the enrolment of {silo} in {federation} is not signed by the identity key it brings") from None

@@ -1,0 +1,105 @@
+"""The site policy: what this hospital takes part in, whatever the aggregator asks. Data, frozen, unknown keys refused.
+
+Absent, the strict default holds: the defaults of the class below. configs/policies/ has that and the sandbox's.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from wardround.errors import PolicyRefusal, SettingsError
+from wardround.plan import Plan, explain
+
+MAX_POLICY_BYTES = 64 * 1024
+
+
+class Policy(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    tasks: tuple[Literal["segmentation", "classification"], ...] = ("segmentation", "classification")
+    networks: tuple[Literal["UNet", "ResNet18"], ...] = ("UNet", "ResNet18")
+    min_silos: Annotated[int, Field(ge=2, le=32)] = 3
+    """The smallest sum this hospital's update may be part of."""
+
+    allow_two_silo_sum: bool = False
+    """A sum of two hides nothing from the other hospital: min_silos 2 needs this as well."""
+
+    release: tuple[Literal["registry", "silos-only"], ...] = ("silos-only",)
+    """Where the final model may go: to the members' registry, or to the silos alone."""
+
+    metrics: Literal["cohort", "per_silo"] = "cohort"
+    """Whether this hospital's own validation metrics may be published, or only the cohort's mean."""
+
+    allow_clear: bool = False
+    """Updates without encryption: the aggregator can read them. For the sandbox."""
+
+    allow_seeded_noise: bool = False
+    """Reproducible randomness (silo-agent run --seed): not private. For the sandbox."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, value: Any) -> Any:
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.min_silos < 3 and not self.allow_two_silo_sum:
+            raise ValueError("min_silos: 2 needs allow_two_silo_sum: true, for a sum of two shows each hospital the other's update")
+        return self
+
+
+def parse_policy(text: bytes) -> Policy:
+    """Raises SettingsError that names each key. An empty file is the strict default."""
+    if len(text) > MAX_POLICY_BYTES:
+        raise SettingsError(f"a policy has at most {MAX_POLICY_BYTES} bytes: this one has {len(text)}")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise SettingsError("the policy is not YAML") from None
+    try:
+        return Policy.model_validate({} if value is None else value)
+    except ValidationError as error:
+        raise SettingsError(f"the policy does not hold: {explain(error)}") from None
+
+
+def load_policy(path: Path | None) -> Policy:
+    """The policy in a file; None is the strict default. A file that is named but missing is an error, never the default."""
+    if path is None:
+        return Policy()
+    try:
+        return parse_policy(path.read_bytes())
+    except OSError as error:
+        raise SettingsError(f"cannot read the policy: {error.strerror}") from None
+
+
+def judge(policy: Policy, plan: Plan) -> None:
+    """Raises PolicyRefusal with one line per refusing policy key: what it says, what the plan says, what would have to change."""
+    refusals = list(_refusals(policy, plan))
+    if refusals:
+        raise PolicyRefusal("\n".join(refusals))
+
+
+def _refusals(policy: Policy, plan: Plan) -> Iterator[str]:
+    for key, allowed, path, asked in (
+        ("tasks", policy.tasks, "task", plan.task),
+        ("networks", policy.networks, "model.network", plan.model.network),
+        ("release", policy.release, "release", plan.release),
+    ):
+        if asked not in allowed:
+            yield (
+                f"policy {key} allows {', '.join(allowed) or 'none'}; the plan says {path}: {asked}. "
+                f"Either the plan asks for an allowed one, or the hospital adds {asked} to {key}."
+            )
+    if plan.aggregation.min_silos < policy.min_silos:
+        yield (
+            f"policy min_silos is {policy.min_silos}; the plan says aggregation.min_silos: {plan.aggregation.min_silos}. "
+            f"Either the plan asks for at least {policy.min_silos}, or the hospital lowers min_silos."
+        )
+    if plan.aggregation.encryption == "none" and not policy.allow_clear:
+        yield (
+            "policy allow_clear is false; the plan says aggregation.encryption: none, so the aggregator could read the update. "
+            "Either the plan encrypts, or the hospital sets allow_clear: true (for simulated data)."
+        )
