@@ -133,8 +133,9 @@ class SiloKeys:
         _write(self.tls_paths.leaf, key_pem + tls.certificate_pem(certificate))
         (self._folder / "next-tls.key").unlink()
 
-    def renewal_due(self, now: datetime) -> bool:
-        return tls.renewal_due(tls.load_certificate(self.tls_material()[1]), now)
+    def renewal_due(self, now: datetime | None = None) -> bool:
+        """Whether two thirds of the leaf's life have passed; `now` defaults to the clock."""
+        return tls.renewal_due(tls.load_certificate(self.tls_material()[1]), now or tls.utc_now())
 
     @property
     def aggregator_audit_key(self) -> bytes:

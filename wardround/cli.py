@@ -1,0 +1,191 @@
+"""`wardround`: what a coordinator or researcher does offline, with the thin install. Also how all three command lines end."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from rich.console import Console
+from rich.table import Table
+
+from wardround import audit
+from wardround.canonical import digest_name
+from wardround.chunks import MAX_SILOS, clear_bytes
+from wardround.errors import ConflictError, SettingsError, StorageError, WardroundError
+from wardround.keyfiles import ed25519_key, private_pem, read_secret, write_secret
+from wardround.layout import layout_of
+from wardround.plan import Plan, load_plan
+from wardround.roster import changes, operator_words, parse_draft, read_public_key, sign_roster, write_public_key
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def command_line(about: str) -> typer.Typer:
+    """A group of commands: help when called without one, examples printed as they are typed."""
+    return typer.Typer(
+        help=about, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command line. A WardroundError ends it with its exit code and one line on stderr, never with a traceback."""
+    try:
+        app()
+    except WardroundError as error:
+        print(f"error ({error.code}): {'; '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    """One JSON object, or a table of two columns."""
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    Console(soft_wrap=True, highlight=False).print(table)
+
+
+app = command_line("Wardround, offline: check plans, sign rosters, verify audit chains. Nothing here needs a network.")
+plan_app = command_line("Plans: what a federation trains.")
+operator_app = command_line("The operator's key, which says who is in the federation.")
+roster_app = command_line("Rosters: the signed list of silos.")
+audit_app = command_line("Audit chains: who decided what, and whether anyone touched it since.")
+for name, group in (("plan", plan_app), ("operator", operator_app), ("roster", roster_app), ("audit", audit_app)):
+    app.add_typer(group, name=name)
+
+
+@plan_app.command()
+def validate(file: Annotated[Path, typer.Argument(help="The plan, YAML.")], json_: Json = False) -> None:
+    """Check a plan and say what it will cost.
+
+    \b
+    Example:
+      wardround plan validate configs/plans/brain-tissue.yaml
+
+    Exit code 2 and every problem by its key when the plan does not hold. Whether a hospital takes part is its own
+    decision: aggregator plan check.
+    """
+    facts = plan_facts(load_plan(file))
+    print_facts(facts, json_)
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """What `plan validate` prints. Bytes are exact; MB are 10^6 bytes."""
+    layout = layout_of(plan)
+    size, closing = clear_bytes(layout), clear_bytes(None)
+    minimum = plan.aggregation.min_silos
+    return {
+        "name": plan.name,
+        "digest": digest_name(plan.digest),
+        "parameters": layout.num_parameters,
+        "mb_up_per_round": round(size / 1e6, 2),
+        "mb_down_per_round": round(size / 1e6, 2),
+        "mb_up_per_run": round((plan.rounds * size + closing) / 1e6, 2),
+        "rounds": plan.rounds,
+        "rounds_with_closing": plan.rounds + 1,
+        "min_silos": minimum,
+        "absent": f"every silo beyond {minimum} may be absent from a round: of 5 that is {max(0, 5 - minimum)}, of {MAX_SILOS} (most) "
+        f"{MAX_SILOS - minimum}",
+        "notes": [
+            "in the clear: the aggregator can read each hospital's update, and every hospital's policy must say allow_clear: true; "
+            "use it with simulated patients only"
+        ],
+    }
+
+
+@operator_app.command("init")
+def operator_init(
+    federation: Annotated[str, typer.Option(help="The federation's name.")],
+    out: Annotated[Path, typer.Option(help="Where the private key goes; the public key goes beside it as .pub.")],
+    json_: Json = False,
+) -> None:
+    """Make the key that signs rosters. Keep it offline: whoever has it says who is in the federation.
+
+    \b
+    Example:
+      wardround operator init --federation neuro --out operator.key
+
+    Prints the public key, for the aggregator and every hospital, and eight words to compare by telephone.
+    """
+    public_file = out.with_suffix(".pub")
+    if out.exists() or public_file.exists():
+        raise ConflictError(
+            "there is an operator key already: it is the federation's, so nothing was overwritten; choose another --out"
+        )
+    key = Ed25519PrivateKey.generate()
+    public_key = key.public_key().public_bytes_raw()
+    try:
+        write_secret(out, private_pem(key), replace=False)
+        public_file.write_text(write_public_key(public_key) + "\n")
+    except OSError as error:
+        raise StorageError(f"the key cannot be written: {error.strerror}") from None
+    print_facts({"federation": federation, "public_key": write_public_key(public_key), "words": operator_words(public_key)}, json_)
+
+
+@roster_app.command("sign")
+def roster_sign(
+    key: Annotated[Path, typer.Option(help="The operator's private key.")],
+    draft: Annotated[typer.FileBinaryRead, typer.Argument(help="The draft; - is standard input.")] = "-",  # type: ignore[assignment]
+    json_: Json = False,
+) -> None:
+    """Sign a roster that the aggregator drafted. Read what changes before you publish it.
+
+    \b
+    Example:
+      aggregator roster draft | wardround roster sign --key operator.key > roster.json
+      aggregator roster publish roster.json
+
+    The signed roster goes to standard output, what changes to standard error (as JSON with --json). Compare each added silo's
+    eight words with its hospital by telephone: they say that the keys are the hospital's own.
+    """
+    operator = ed25519_key(read_secret(key), "the operator's key")
+    proposed, current = parse_draft(draft.read(), operator.public_key().public_bytes_raw())
+    changed = [{"change": kind, "silo": member.name, "words": member.words} for kind, member in changes(proposed, current)]
+    if json_:
+        print(json.dumps({"federation": proposed.federation, "version": proposed.version, "changes": changed}), file=sys.stderr)
+    else:
+        print(f"{proposed.federation}, roster version {proposed.version}, {digest_name(proposed.digest)}", file=sys.stderr)
+        for change in changed or [{"change": "nothing changes", "silo": "", "words": ""}]:
+            print(f"  {change['change']:<15} {change['silo']:<20} {change['words']}", file=sys.stderr)
+    print(sign_roster(proposed, operator).decode())
+
+
+@audit_app.command("verify")
+def audit_verify(
+    file: Annotated[Path, typer.Argument(help="The SQLite file of an aggregator or a silo; only read.")],
+    key: Annotated[Path | None, typer.Option(help="The side's audit public key; without it the file's own is believed.")] = None,
+    head_from: Annotated[Path | None, typer.Option(help="A silo's SQLite file: the heads it kept must be in this chain.")] = None,
+    json_: Json = False,
+) -> None:
+    """Verify an audit chain: every record, in order, unchanged, and none cut off below a kept head.
+
+    \b
+    Example:
+      wardround audit verify aggregator.sqlite --head-from st-marys.sqlite
+
+    Names the first record that does not hold, with exit code 1. Edits, deletions and reorderings always show; a chain that
+    was cut shows only against heads kept elsewhere, which every silo does.
+    """
+    public_key = None
+    if key is not None:
+        try:
+            public_key = read_public_key(key.read_text())
+        except (OSError, UnicodeDecodeError):
+            raise SettingsError("cannot read the audit public key: expected one line of text") from None
+    head, compared = audit.verify_file(file, public_key, head_from)
+    facts = {
+        "verified": True,
+        "records": head.seq if head else 0,
+        "head": head.hash.hex() if head else None,
+        "key": "given" if key else "the file's own: this proves that the chain is whole, not whose it is",
+        "kept_heads_compared": compared,
+    }
+    print_facts(facts, json_)
+
+
+def main() -> None:
+    run(app)
