@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from rich.console import Console
-from rich.table import Table
 
 from wardround import audit
 from wardround.canonical import digest_name
@@ -39,14 +37,14 @@ def run(app: typer.Typer) -> None:
 
 
 def print_facts(facts: dict[str, Any], as_json: bool) -> None:
-    """One JSON object, or a table of two columns."""
+    """One JSON object, or a line per fact; lists take a line per item."""
     if as_json:
         print(json.dumps(facts))
         return
-    table = Table(box=None, show_header=False, pad_edge=False)
+    width = max(map(len, facts))
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-    Console(soft_wrap=True, highlight=False).print(table)
+        for item in value if isinstance(value, list) else [value]:
+            print(f"{name.replace('_', ' '):<{width}}  {item}")
 
 
 app = command_line("Wardround, offline: check plans, sign rosters, verify audit chains. Nothing here needs a network.")
@@ -88,8 +86,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "rounds": plan.rounds,
         "rounds_with_closing": plan.rounds + 1,
         "min_silos": minimum,
-        "absent": f"every silo beyond {minimum} may be absent from a round: of 5 that is {max(0, 5 - minimum)}, of {MAX_SILOS} (most) "
-        f"{MAX_SILOS - minimum}",
+        "absent": f"every silo beyond {minimum} may be absent from a round; at most {MAX_SILOS} can be in one",
         "notes": [
             "in the clear: the aggregator can read each hospital's update, and every hospital's policy must say allow_clear: true; "
             "use it with simulated patients only"
@@ -113,9 +110,7 @@ def operator_init(
     """
     public_file = out.with_suffix(".pub")
     if out.exists() or public_file.exists():
-        raise ConflictError(
-            "there is an operator key already: it is the federation's, so nothing was overwritten; choose another --out"
-        )
+        raise ConflictError("there is an operator key already: nothing was overwritten; choose another --out")
     key = Ed25519PrivateKey.generate()
     public_key = key.public_key().public_bytes_raw()
     try:

@@ -22,6 +22,7 @@ from wardround import tls
 from wardround.errors import ConflictError, IdentityError, MessageError, SettingsError, StorageError
 from wardround.keyfiles import ed25519_key, p256_key, private_pem, read_secret, split_pem, write_secret, x25519_key
 from wardround.pb import federation_pb2 as pb
+from wardround.roster import read_public_key, write_public_key
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,12 @@ class SiloKeys:
         pinned = self._folder / "aggregator-audit.pub"
         if len(answer.audit_key) != 32:
             raise MessageError(f"the aggregator's audit key has 32 bytes, got {len(answer.audit_key)}")
-        if pinned.exists() and read_secret(pinned) != answer.audit_key:
+        if pinned.exists() and self.aggregator_audit_key != answer.audit_key:
             raise IdentityError(
                 "the aggregator signs its audit chain with another key than at enrolment: its history may have been replaced; "
                 "ask the coordinator why before enrolling again"
             )
-        _write(pinned, answer.audit_key)
+        _write(pinned, write_public_key(answer.audit_key).encode() + b"\n")
         _write(self.tls_paths.roots, answer.ca_pem)
         _write(self.tls_paths.leaf, key_pem + tls.certificate_pem(certificate))
         (self._folder / "next-tls.key").unlink()
@@ -139,8 +140,8 @@ class SiloKeys:
 
     @property
     def aggregator_audit_key(self) -> bytes:
-        """Ed25519 public key, 32 bytes, that signs the aggregator's audit heads."""
-        return read_secret(self._folder / "aggregator-audit.pub")
+        """Ed25519 public key, 32 bytes, that signs the aggregator's audit heads; the file suits `wardround audit verify --key`."""
+        return read_public_key(read_secret(self._folder / "aggregator-audit.pub").decode("ascii", "replace"))
 
 
 def _check_leaf(certificate: x509.Certificate, key_pem: bytes, roots_pem: bytes, federation: str, name: str) -> None:
