@@ -3,15 +3,14 @@ killed at any point and is then simply decided again."""
 
 import json
 import os
+import sqlite3
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from silo_agent import scrutiny
-from silo_agent.client import Client
 from silo_agent.config import Settings
 from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.policy import Policy, judge
@@ -30,7 +29,7 @@ from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork
 from wardround import PROTOCOL, PROTOCOL_OLDEST, VERSION
 from wardround.canonical import canonical_json, frame, sha256
 from wardround.chunks import ControlMap, clear_coefficients, metric_names, num_chunks
-from wardround.errors import DataError, Disconnected, IntegrityError, MessageError, WardroundError
+from wardround.errors import Disconnected, IntegrityError, MessageError, WardroundError
 from wardround.layout import Layout, layout_of
 from wardround.messages import run_ctx, sign, statement_digest
 from wardround.pb import federation_pb2 as pb
@@ -49,7 +48,7 @@ class Superseded(Exception):
 class Run:
     """One run as the silo's state and plan describe it."""
 
-    def __init__(self, row: Mapping[str, Any]) -> None:
+    def __init__(self, row: sqlite3.Row) -> None:
         self.id: str = row["run"]
         self.plan: Plan = parse_plan(row["plan"])
         self.layout: Layout = layout_of(self.plan)
@@ -163,9 +162,7 @@ class Agent:
                 raise MessageError("the plan on offer is not the one its digest names")
             binding = self.settings.dataset(parsed.dataset)
             judge(self.policy, parsed)
-            unbound = [name for name in parsed.classes[1:] if name not in binding.labels.segments]
-            if unbound:
-                raise _unbound(parsed.dataset, unbound, list(binding.labels.segments))
+            binding.check_classes(parsed.dataset, parsed.classes)
         except WardroundError as error:
             code, reason = error.code, str(error)
         self.state.judged(offer.run, plan, plan_digest, code, reason)
@@ -442,12 +439,5 @@ def _attempt(offer: pb.Offer) -> Attempt:
     return (offer.facts.round, offer.facts.attempt)
 
 
-def _exponents(model: Mapping[str, Any]) -> Exponents:
+def _exponents(model: sqlite3.Row) -> Exponents:
     return tuple(json.loads(model["exponents"]))
-
-
-def _unbound(dataset: str, unbound: list[str], bound: list[str]) -> DataError:
-    return DataError(
-        f"dataset {dataset!r} of this hospital binds no segment for {', '.join(unbound)} (bound: {', '.join(bound)}): "
-        "add it under labels.segments"
-    )

@@ -132,14 +132,14 @@ class Client:
 def translated(error: grpc.RpcError) -> WardroundError:
     """A gRPC failure by whose fault it is."""
     code, details = error.code(), error.details() or ""
-    metadata = dict(error.trailing_metadata() or ())
-    kind = BY_CODE.get(str(metadata.get("wardround-code", "")))
+    codes = [str(item.value) for item in error.trailing_metadata() or () if item.key == "wardround-code"]
+    kind = BY_CODE.get("".join(codes))
     if kind is not None:
         return kind(details.removeprefix(f"{kind.code}: "))
     lowered = details.lower()
     if code is grpc.StatusCode.UNAVAILABLE and ("certificate" in lowered or "handshake" in lowered or "tsi_" in lowered):
         return IdentityError(
-            "the TLS handshake with the aggregator failed: its certificate is not from this federation's CA, this silo's has expired, "
-            "or something on the way opens TLS"
+            "the TLS handshake with the aggregator failed: its certificate is not from this federation's CA, this silo's "
+            "has expired, or something on the way opens TLS"
         )
     return Disconnected(f"the aggregator cannot be reached ({code.name})")

@@ -1,4 +1,4 @@
-"""The hospital's settings: one YAML file, frozen, unknown keys refused. What enrolment learned (host, federation, silo) is not here."""
+"""The hospital's settings: one YAML file, frozen, unknown keys refused. What enrolment learned (whose silo, where) is not here."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,6 +31,16 @@ class Dataset(_Part):
 
     note: str = ""
     """One sentence that every reader of a run on this dataset is shown, e.g. that its patients are simulated."""
+
+    def check_classes(self, name: str, classes: tuple[str, ...]) -> None:
+        """Raises DataError unless every class of the plan but background has a segment here."""
+        unbound = [wanted for wanted in classes[1:] if wanted not in self.labels.segments]
+        if unbound:
+            bound = ", ".join(self.labels.segments)
+            raise DataError(
+                f"dataset {name!r} of this hospital binds no segment for {', '.join(unbound)} (bound: {bound}): "
+                "add it under labels.segments"
+            )
 
     @field_validator("declared_patients")
     @classmethod

@@ -121,7 +121,8 @@ def check_reports(
         report = opened(signed, pb.ModelReport, ctx, _identity(signed.silo, identities))
         if report.model_mac != mac:
             raise IntegrityError(
-                f"{signed.silo} reports another model for round {facts.round} than this silo computed: the run halts; compare versions"
+                f"{signed.silo} reports another model for round {facts.round} than this silo computed: the run halts; "
+                "compare the versions of both agents"
             )
 
 

@@ -1,4 +1,4 @@
-"""What the agent asks of its two helpers. A result is a pure function of its work item: warm and cold programs give the same bits."""
+"""What the agent asks of its two helpers. A result is a pure function of its work item: warm or cold, the same bits."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -12,21 +12,26 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silo_agent.round import NEVER, Attempt, Facts, Stance
 from wardround import audit
-from wardround.canonical import canonical_json
 from wardround.errors import ConflictError, StorageError
 from wardround.pb import federation_pb2 as pb
 
 BUSY_TIMEOUT_S = 10.0
 
 SCHEMA = """
--- Facts about this installation: federation, silo, host, port, operator_key, audit_key (public, of this silo's chain).
+-- Facts about this installation: federation, silo, target (host:port), operator_key, audit_key (public, of this silo's chain).
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
 
--- Signed rosters as received. approved_ms is NULL while IT has not approved a version that adds a member.
+-- The aggregator's audit heads as this silo saw them: whoever cuts that chain is found out here.
+CREATE TABLE IF NOT EXISTS heads (
+    seq INTEGER PRIMARY KEY CHECK (seq >= 1), hash BLOB NOT NULL, signature BLOB NOT NULL,
+    time_ms INTEGER NOT NULL                     -- when this silo saw it, milliseconds since 1970
+) STRICT;
+
+-- Signed rosters as received. Which of them count is custody/roster.py's rule; here stands what IT approved by hand.
 CREATE TABLE IF NOT EXISTS rosters (
     version INTEGER PRIMARY KEY CHECK (version >= 1),
     data BLOB NOT NULL,                          -- roster.json as signed by the operator
-    approved_ms INTEGER                          -- milliseconds since 1970
+    approved_ms INTEGER                          -- when IT approved it, ms since 1970; NULL: by rule or not at all
 ) STRICT;
 
 CREATE TABLE IF NOT EXISTS runs (
@@ -87,18 +92,6 @@ CREATE TABLE IF NOT EXISTS activity (
     one INTEGER PRIMARY KEY CHECK (one = 1),
     word TEXT NOT NULL, detail TEXT NOT NULL, since_ms INTEGER NOT NULL
 ) STRICT;
-
--- The aggregator's audit heads as this silo saw them: whoever cuts that chain is found out here.
-CREATE TABLE IF NOT EXISTS heads (
-    seq INTEGER PRIMARY KEY CHECK (seq >= 1), hash BLOB NOT NULL, signature BLOB NOT NULL, time_ms INTEGER NOT NULL
-) STRICT;
-
--- This silo's own decisions, hash-chained and signed: wardround/audit.py.
-CREATE TABLE IF NOT EXISTS audit (
-    seq INTEGER PRIMARY KEY CHECK (seq >= 1), time_ms INTEGER NOT NULL, kind TEXT NOT NULL,
-    body TEXT NOT NULL,                          -- canonical JSON: digests and decisions, never data
-    previous BLOB NOT NULL, hash BLOB NOT NULL, signature BLOB NOT NULL
-) STRICT;
 """
 
 
@@ -118,7 +111,7 @@ class State:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
-            self._db.executescript(SCHEMA)
+            self._db.executescript(SCHEMA + audit.SCHEMA)
         except sqlite3.Error as error:
             raise _storage(error) from None
 
@@ -141,11 +134,7 @@ class State:
     def _record(self, db: sqlite3.Connection, kind: str, body: dict[str, Any]) -> None:
         if self._audit_key is None:
             raise StorageError("this state was opened for reading")
-        last = db.execute("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
-        record = audit.append(None if last is None else audit.Head(*last), now_ms(), kind, body)
-        signature = audit.sign_head(record, self._audit_key)
-        values = (record.seq, record.time_ms, kind, canonical_json(body).decode(), record.previous, record.hash, signature)
-        db.execute("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+        audit.append_row(db, self._audit_key, now_ms(), kind, body)
 
     def _one(self, query: str, *values: Any) -> Any:
         try:
@@ -190,10 +179,10 @@ class State:
             if db.execute("INSERT OR IGNORE INTO rosters VALUES (?, ?, NULL)", (version, data)).rowcount:
                 self._record(db, "roster seen", {"version": version, "digest": digest})
 
-    def approve_roster(self, version: int, by: str) -> None:
+    def approve_roster(self, version: int, digest: str) -> None:
         with self._transaction() as db:
-            db.execute("UPDATE rosters SET approved_ms = ? WHERE version <= ? AND approved_ms IS NULL", (now_ms(), version))
-            self._record(db, "roster approved", {"version": version, "by": by})
+            db.execute("UPDATE rosters SET approved_ms = ? WHERE version = ?", (now_ms(), version))
+            self._record(db, "roster approved", {"version": version, "digest": digest})
 
     # --- the aggregator's audit heads ------------------------------------------------------------------------------------------
 
@@ -359,7 +348,7 @@ class State:
             db.execute("UPDATE attempts SET uploaded = 1 WHERE run = ? AND round = ? AND attempt = ?", (run, *attempt))
 
     def sealing(self, run: str, attempt: Attempt, seal: bytes, u3: list[str]) -> bytes:
-        """Keep the Seal before it is sent. Returns the one to send; a second, different one for the attempt raises ConflictError."""
+        """Keep the Seal before it is sent; returns the one to send. A second, different one for the attempt: ConflictError."""
         with self._transaction() as db:
             row = self.attempt(run, attempt)
             if row is None:

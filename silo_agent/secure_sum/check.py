@@ -71,7 +71,7 @@ class CheckedSum:
 def checked_sum(
     coefficients: np.ndarray, layout: Layout | None, control: ControlMap, declared: list[int], ctx: bytes, secret: bytes
 ) -> CheckedSum:
-    """`coefficients`: uint64 [num_chunks, 4096]; `declared`: declared_patients of U3. Raises IntegrityError, which halts the run."""
+    """`coefficients`: uint64 [num_chunks, 4096]; `declared`: declared_patients of U3. Raises IntegrityError: the run halts."""
     head, n = coefficients[0], len(declared)
     if head[control.COUNT] != n:
         raise IntegrityError(f"the sum counts {head[control.COUNT]} updates, {n} were sealed: a fold was doubled or left out")
