@@ -97,12 +97,7 @@ class Agent:
             self.inbox.changed.clear()
             offer = self.inbox.offer
             row = next_row(self.state.facts(offer.run), self._offered(offer))
-            if row.action is Action.WAIT:
-                self._be("disconnected" if isinstance(self.inbox.trouble, Disconnected) else "waiting", row.name)
-                self.inbox.changed.wait()
-                continue
             try:
-                self._be(row.action.value, f"round {offer.facts.round}" if offer.facts.round else offer.run)
                 self.perform(row, offer)
                 failures = 0
             except Superseded:
@@ -116,11 +111,24 @@ class Agent:
 
     def perform(self, row: Row, offer: pb.Offer) -> None:
         """One action. Kill tests wrap this method."""
+        if row.action is Action.WAIT:
+            self._wait(row, offer)
+            return
         started = time.monotonic()
+        self._be(row.action.value, f"round {offer.facts.round}" if offer.facts.round else offer.run)
         getattr(self, f"_{row.action.value}")(offer)
         log.info(
             "done", action=row.action.value, run=offer.run, round=offer.facts.round, seconds=round(time.monotonic() - started, 2)
         )
+
+    def _wait(self, row: Row, offer: pb.Offer) -> None:
+        """Until there is another offer or other trouble."""
+        trouble = self.inbox.trouble
+        if trouble is None:
+            self._be("waiting", offer.message or row.name)
+        else:
+            self._be("disconnected" if isinstance(trouble, Disconnected) else "refused", str(trouble))
+        self.inbox.changed.wait()
 
     def _request(self) -> pb.PollRequest:
         head = self.state.last_head()
