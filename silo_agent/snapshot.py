@@ -152,8 +152,8 @@ class SnapshotWriter:
             raise ValueError("studies are added in the order of key")
         depth, height, width = image.shape
         try:
-            self._images.write(np.ascontiguousarray(image, dtype="<f4"))
-            self._labels.write(np.ascontiguousarray(label))
+            self._images.write(image.astype("<f4", copy=False).tobytes())
+            self._labels.write(label.tobytes())
         except OSError as error:
             raise _full(error) from None
         self._records.append(Record(key, patient, split, (depth, height, width)))

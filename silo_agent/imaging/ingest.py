@@ -1,0 +1,164 @@
+"""The program `ingest`: the DICOM of a dataset binding becomes an immutable snapshot. It has images, no identity, no way out.
+
+    index > per series: label, volume, label map > de-identify > transforms > snapshot
+
+One bad file or series is counted under a Reason and left out; it never ends the ingest.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from silo_agent.imaging.deidentify import pseudonym, split_of, study_key
+from silo_agent.imaging.labels import load_labels
+from silo_agent.imaging.study import Index, index, quiet
+from silo_agent.imaging.transforms import build, prepare
+from silo_agent.imaging.volume import Volume, load_volume
+from silo_agent.reasons import Quarantined, Reason
+from silo_agent.snapshot import SnapshotWriter, Split
+from silo_agent.work import IngestResult, IngestWork
+from wardround.errors import DataError
+from wardround.plan import Plan
+
+SPLIT_KEY_BYTES = 32
+
+
+@dataclass
+class Tally:
+    """What IT may read of an ingest."""
+
+    quarantined: Counter[Reason]
+    patients: dict[str, Split] = field(default_factory=dict)  # pseudonym -> split
+    studies: set[str] = field(default_factory=set)
+    labels: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One usable series and its label map, with the header values that only keyed hashes are made of."""
+
+    key: str
+    patient_id: str
+    study_uid: str
+    volume: Volume
+    labels: NDArray[np.uint8]
+
+
+def handle(work: IngestWork) -> IngestResult:
+    """Do one work item: a snapshot for a plan, or, without one, a check of every file that a plan would use.
+
+    DataError: a class is not bound, the folder is empty, or (with a plan) no patient is usable. PlanError: a transform's
+    arguments. StorageError: the snapshot cannot be written.
+    """
+    if len(work.split_key) != SPLIT_KEY_BYTES:
+        raise DataError(f"a split key has {SPLIT_KEY_BYTES} bytes: this one has {len(work.split_key)}")
+    classes = _classes(work)
+    transforms = build(work.plan.data.transforms) if work.plan else []
+    found = index(work.source)
+    tally = Tally(found.quarantined)
+    digest = ""
+    if work.plan:
+        digest = _write(work, work.plan, found, transforms, tally)
+    else:
+        for study in _studies(work, found, classes, tally):
+            _count(work, study, study.labels, classes, tally)
+    return IngestResult(
+        snapshot=digest,
+        num_patients=len(tally.patients),
+        num_studies=len(tally.studies),
+        num_files=found.num_files,
+        patients=dict(sorted(Counter(tally.patients.values()).items())),
+        quarantined=dict(sorted((reason.code, count) for reason, count in tally.quarantined.items())),
+        labels={name: tally.labels[name] for name in classes[1:]},
+    )
+
+
+def _classes(work: IngestWork) -> tuple[str, ...]:
+    """Background and the classes to read, each bound to a segment of this hospital."""
+    if work.plan is None:
+        return ("background", *sorted(work.segments))
+    if unbound := [name for name in work.plan.classes[1:] if name not in work.segments]:
+        bound = ", ".join(sorted(work.segments)) or "none"
+        raise DataError(
+            f"dataset {work.plan.dataset} binds no segment to class {', '.join(unbound)} (bound: {bound}): "
+            "add it to the dataset's `segments` in the settings"
+        )
+    return work.plan.classes
+
+
+def _write(
+    work: IngestWork, plan: Plan, found: Index, transforms: list[Callable[[torch.Tensor], torch.Tensor]], tally: Tally
+) -> str:
+    """The digest of the snapshot of every usable study."""
+    with SnapshotWriter(work.snapshots) as writer:
+        for study in _studies(work, found, plan.classes, tally):
+            try:
+                image, label = prepare(study.volume, study.labels, plan.data, transforms)
+            except Quarantined as problem:
+                tally.quarantined[problem.reason] += 1
+                continue
+            patient, split = _count(work, study, label, plan.classes, tally)
+            writer.add(study.key, patient, split, image, label)
+        if not tally.patients:
+            seen = ", ".join(f"{reason.code} {count}" for reason, count in tally.quarantined.most_common(5)) or "nothing"
+            raise DataError(
+                f"no usable patient for dataset {plan.dataset} in {found.num_files} files (left out: {seen}): "
+                "`silo-agent data check` says what each reason means"
+            )
+        return writer.finish(plan.dataset, plan.task, plan.classes, plan.data.spacing_mm)
+
+
+def _count(work: IngestWork, study: Study, label: NDArray[np.uint8], classes: tuple[str, ...], tally: Tally) -> tuple[str, Split]:
+    """Tally one study as it will be learnt from; its patient's pseudonym and split."""
+    patient, split = pseudonym(work.split_key, study.patient_id), split_of(work.split_key, study.patient_id)
+    tally.patients[patient] = split
+    tally.studies.add(study.study_uid)
+    tally.labels.update(classes[value] for value in np.unique(label))
+    return patient, split
+
+
+def _studies(work: IngestWork, found: Index, classes: tuple[str, ...], tally: Tally) -> Iterator[Study]:
+    """Each labelled series that reads back whole, in the order of its key; the others are counted. One is in memory at a time."""
+    for series_uid, labels in found.labels.items():
+        if series_uid not in found.series:
+            tally.quarantined[Reason.LABEL_WITHOUT_SERIES] += len(labels)
+    for key, series_uid in sorted((study_key(work.split_key, uid), uid) for uid in found.series):
+        try:
+            with quiet():
+                study = _load(work, found, classes, key, series_uid)
+        except Quarantined as problem:
+            tally.quarantined[problem.reason] += 1
+        except Exception:  # header values are parsed on access: any of them may be anything
+            tally.quarantined[Reason.UNREADABLE] += 1
+        else:
+            yield study
+
+
+def _load(work: IngestWork, found: Index, classes: tuple[str, ...], key: str, series_uid: str) -> Study:
+    images, labels = found.series[series_uid], found.labels.get(series_uid, [])
+    if not labels:
+        raise Quarantined(Reason.NO_LABEL)
+    if len(labels) > 1:
+        raise Quarantined(Reason.SEVERAL_LABELS)
+    if series_uid in found.conflicting:
+        raise Quarantined(Reason.CONFLICTING)
+    if len({(i.patient_id, i.study_uid, i.modality) for i in images}) != 1:
+        raise Quarantined(Reason.MIXED_IDENTITY)
+    first, label = images[0], labels[0]
+    if (label.patient_id, label.study_uid) != (first.patient_id, first.study_uid):
+        raise Quarantined(Reason.MIXED_IDENTITY)
+    if work.plan and first.modality != work.plan.data.modality:
+        raise Quarantined(Reason.MODALITY)
+    volume = load_volume(images)
+    return Study(key, first.patient_id, first.study_uid, volume, load_labels(label, volume.grid, classes, work.segments))
+
+
+def main() -> None:
+    """The program `ingest`: dials the agent's desk and works until the agent ends it."""
+    from silo_agent.desk_client import serve
+
+    serve("ingest", handle)  # type: ignore[arg-type]  # the desk gives each program its own kind of work

@@ -1,0 +1,81 @@
+"""What a volume goes through before training, as the plan says: orientation, spacing, then MONAI transforms by name."""
+
+from collections.abc import Callable, Sequence
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data.meta_tensor import MetaTensor
+from monai.transforms.intensity.array import GaussianSmooth, NormalizeIntensity, ScaleIntensity, ScaleIntensityRange
+from monai.transforms.spatial.array import Spacing
+from numpy.typing import NDArray
+
+from silo_agent.imaging.volume import Volume
+from silo_agent.reasons import Quarantined, Reason
+from wardround.errors import PlanError
+from wardround.plan import Data, Transform
+
+# The door for names and arguments off the wire: what is not here is not reachable.
+ALLOWED: dict[str, tuple[Callable[..., Any], frozenset[str]]] = {
+    "NormalizeIntensity": (NormalizeIntensity, frozenset({"subtrahend", "divisor", "nonzero"})),
+    "ScaleIntensity": (ScaleIntensity, frozenset({"minv", "maxv"})),
+    "ScaleIntensityRange": (ScaleIntensityRange, frozenset({"a_min", "a_max", "b_min", "b_max", "clip"})),
+    "GaussianSmooth": (GaussianSmooth, frozenset({"sigma"})),
+}
+
+
+def build(transforms: Sequence[Transform]) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """MONAI transforms of the plan. PlanError: an argument that the transform does not take, or lacks."""
+    built = []
+    for position, transform in enumerate(transforms):
+        maker, arguments = ALLOWED[transform.name]
+        where = f"data.transforms.{position} ({transform.name})"
+        if unknown := sorted(set(transform.arguments) - arguments):
+            raise PlanError(f"{where}: expected arguments among {', '.join(sorted(arguments))}; got {', '.join(unknown)}")
+        try:
+            built.append(maker(**transform.arguments))
+        except (TypeError, ValueError):
+            raise PlanError(f"{where}: the arguments do not fit; it takes {', '.join(sorted(arguments))}") from None
+    return built
+
+
+def prepare(
+    volume: Volume, labels: NDArray[np.uint8], data: Data, transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Image float32 and label uint8 of one shape [slice, row, column].
+
+    Axes are turned, without interpolation, to run from foot to head, front to back, right to left (an axial slice reads as on a
+    screen); then data.spacing_mm, in that order of axes, by linear interpolation for the image and nearest for the label. An
+    axis that has its spacing already keeps its samples. Quarantined: the transforms gave NaN or infinity.
+    """
+    image, affine = orient(volume.values, volume.grid.affine)
+    label, _ = orient(labels, volume.grid.affine)
+    spacing = Spacing(pixdim=data.spacing_mm, padding_mode="border")
+    prepared: torch.Tensor = spacing(_tensor(image, affine), mode="bilinear")
+    label_tensor: torch.Tensor = spacing(_tensor(label, affine), mode="nearest")
+    for transform in transforms:
+        prepared = transform(prepared)
+    values = np.asarray(prepared[0], dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise Quarantined(Reason.NOT_FINITE)
+    return values, np.asarray(label_tensor[0]).astype(np.uint8)
+
+
+def _tensor(array: NDArray[Any], affine: NDArray[np.float64]) -> MetaTensor:
+    return MetaTensor(np.ascontiguousarray(array, dtype=np.float32)[None], affine=torch.from_numpy(affine))
+
+
+def orient(array: NDArray[Any], affine: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Transpose and flip so that the axes run along +z, +y, +x of LPS as nearly as they can; the array and its affine."""
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    towards = directions[::-1]  # rows: z, y, x; columns: the array's axes
+    order = max(permutations(range(3)), key=lambda axes: sum(abs(towards[i, axis]) for i, axis in enumerate(axes)))
+    turned = np.eye(4)
+    for i, axis in enumerate(order):
+        sign = 1.0 if towards[i, axis] >= 0 else -1.0
+        turned[:, i] = 0
+        turned[axis, i] = sign
+        turned[axis, 3] = 0 if sign > 0 else array.shape[axis] - 1
+    flips = tuple(i for i, axis in enumerate(order) if towards[i, axis] < 0)
+    return np.flip(np.transpose(array, order), flips), affine @ turned
