@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import pytest
+
+from silo_agent.custody.policy import MAX_POLICY_BYTES, Policy, judge, load_policy, parse_policy
+from tests.support.plans import tiny
+from wardround.errors import PolicyRefusal, SettingsError
+
+POLICIES = Path(__file__).parents[2] / "configs" / "policies"
+
+
+def test_every_policy_in_configs_holds():
+    assert {path.name for path in POLICIES.iterdir()} == {"sandbox.yaml", "strict.yaml"}
+    for path in POLICIES.iterdir():
+        load_policy(path)
+
+
+def test_strict_yaml_is_what_holds_without_a_policy():
+    assert load_policy(POLICIES / "strict.yaml") == load_policy(None) == parse_policy(b"") == Policy()
+
+
+def test_the_strict_default_gives_nothing_away():
+    policy = Policy()
+    assert (policy.min_silos, policy.release, policy.metrics) == (3, ("silos-only",), "cohort")
+    assert not (policy.allow_clear or policy.allow_seeded_noise or policy.allow_two_silo_sum)
+
+
+def test_the_sandbox_takes_the_demos_kind_of_plan():
+    judge(load_policy(POLICIES / "sandbox.yaml"), tiny(release="registry"))
+
+
+def test_a_clear_sum_is_refused_by_default():
+    with pytest.raises(PolicyRefusal, match=r"allow_clear is false; the plan says aggregation.encryption: none.*allow_clear: true"):
+        judge(Policy(), tiny())
+    judge(Policy(allow_clear=True), tiny())
+
+
+def taking(**keys):
+    return Policy(allow_clear=True, **keys)
+
+
+@pytest.mark.parametrize(
+    ("policy", "plan", "told"),
+    [
+        (taking(tasks=("classification",)), tiny(), "tasks allows classification; the plan says task: segmentation"),
+        (taking(tasks=()), tiny(), "tasks allows none"),
+        (taking(networks=("ResNet18",)), tiny(), "networks allows ResNet18; the plan says model.network: UNet"),
+        (taking(), tiny(release="registry"), "release allows silos-only; the plan says release: registry"),
+        (taking(min_silos=5), tiny({"min_silos": 4}), "min_silos is 5; the plan says aggregation.min_silos: 4"),
+        (taking(), tiny({"min_silos": 2}), "min_silos is 3; the plan says aggregation.min_silos: 2"),
+    ],
+)
+def test_a_refusal_names_the_line_the_value_and_the_way_out(policy, plan, told):
+    with pytest.raises(PolicyRefusal, match=told) as caught:
+        judge(policy, plan)
+    assert "Either the plan" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_every_reason_is_told_at_once():
+    with pytest.raises(PolicyRefusal) as caught:
+        judge(Policy(tasks=()), tiny({"min_silos": 2}, release="registry"))
+    assert [line.split()[1] for line in str(caught.value).splitlines()] == ["tasks", "release", "min_silos", "allow_clear"]
+
+
+def test_a_sum_of_two_needs_a_second_key():
+    with pytest.raises(SettingsError, match="min_silos: 2 needs allow_two_silo_sum: true"):
+        parse_policy(b"min_silos: 2")
+    judge(parse_policy(b"{min_silos: 2, allow_two_silo_sum: true, allow_clear: true}"), tiny({"min_silos": 2}))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (b"allow_claer: true", "allow_claer: unknown key"),
+        (b"allow_clear: 'yes'", "allow_clear: "),
+        (b"allow_clear: 1", "allow_clear: "),
+        (b"tasks: [regression]", "tasks.0: "),
+        (b"min_silos: 1", "min_silos: "),
+        (b"metrics: all", "metrics: "),
+        (b"- x", "policy does not hold"),
+        (b"a: [", "not YAML"),
+        (b"\xff", "not YAML"),
+        (b" " * (MAX_POLICY_BYTES + 1), "at most"),
+    ],
+)
+def test_a_policy_that_does_not_hold_is_never_the_default(text, told):
+    with pytest.raises(SettingsError, match=told):
+        parse_policy(text)
+
+
+def test_a_policy_that_is_named_but_missing_is_never_the_default(tmp_path):
+    with pytest.raises(SettingsError, match="cannot read the policy"):
+        load_policy(tmp_path / "policy.yaml")

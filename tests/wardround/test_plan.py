@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.plans import TINY
+from wardround.errors import PlanError
+from wardround.plan import MAX_PLAN_BYTES, load_plan, parse_plan
+
+PLANS = sorted((Path(__file__).parents[2] / "configs" / "plans").glob("*.yaml"))
+
+
+def changed(path: str, value: object) -> bytes:
+    """TINY with one key set, or removed with None."""
+    plan = yaml.safe_load(TINY)
+    *parents, key = path.split(".")
+    part = plan
+    for name in parents:
+        part = part[name]
+    if value is None:
+        del part[key]
+    else:
+        part[key] = value
+    return yaml.safe_dump(plan).encode()
+
+
+def test_every_plan_in_configs_holds():
+    assert PLANS
+    for path in PLANS:
+        plan = load_plan(path)
+        assert parse_plan(plan.canonical()) == plan
+
+
+def test_the_digest_is_of_the_value_not_the_text():
+    plan = parse_plan(TINY.encode())
+    assert parse_plan(yaml.safe_dump(yaml.safe_load(TINY), sort_keys=True).encode()).digest == plan.digest
+    assert parse_plan(changed("training.optimizer.momentum", 0.0)).digest == plan.digest  # a default written out
+    assert parse_plan(changed("rounds", 3)).digest != plan.digest
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("colour", "red", "colour: unknown key"),
+        ("training.colour", "red", "training.colour: unknown key"),
+        ("model.colour", "red", "model.colour: unknown key"),
+        ("rounds", None, "rounds: missing"),
+        ("rounds", "2", "rounds: .*got '2'"),
+        ("rounds", 0, "rounds: "),
+        ("rounds", True, "rounds: "),
+        ("protocol", 2, "protocol: "),
+        ("task", "regression", "task: "),
+        ("name", "../x", "name: "),
+        ("dataset", "Brain T1", "dataset: "),
+        ("classes", ["background"], "classes: "),
+        ("classes", ["background", "grey", "grey"], "classes must differ"),
+        ("classes", ["grey", "background"], "the first of classes must be background"),
+        ("initial.seed", -1, "initial.seed: "),
+        ("model.network", "Transformer", "model: "),
+        ("model.strides", [2, 2], "one entry fewer than model.channels: expected 1, got 2"),
+        ("model.channels", [4, 5], "multiples of model.norm_groups"),
+        ("model", {"network": "ResNet18"}, "segmentation needs UNet"),
+        ("data.patch", [16, 17], "must be a multiple of 2 .*: 17 is not"),
+        ("data.patch", [16], "data.patch: "),
+        ("data.spacing_mm", [1.0, 1.0, 0.0], "data.spacing_mm.2: "),
+        ("data.spacing_mm", [1.0, 1.0, float("nan")], "data.spacing_mm.2: "),
+        ("training.mu", float("inf"), "training.mu: "),
+        ("training.mu", -0.1, "training.mu: "),
+        ("training.optimizer.momentum", 1.0, "training.optimizer.momentum: "),
+        ("training.optimizer.name", "__import__('os')", "training.optimizer.name: "),
+        ("aggregation.min_silos", 1, "aggregation.min_silos: "),
+        ("aggregation.min_silos", 33, "aggregation.min_silos: "),
+        ("aggregation.encryption", "ckks", "aggregation.encryption: "),
+        ("release", "public", "release: "),
+    ],
+)
+def test_a_plan_that_does_not_hold_names_the_key(path, value, told):
+    with pytest.raises(PlanError, match=told):
+        parse_plan(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (b"a: [", r"not YAML \(line 1\)"),
+        (b"\xff\xfe\xff", "not YAML"),
+        (b"", "mapping .*NoneType"),
+        (b"- a", "mapping .*list"),
+        (b"a: !!python/object/apply:os.system [true]", "not YAML"),
+        (b" " * (MAX_PLAN_BYTES + 1), "at most 65536 bytes"),
+    ],
+)
+def test_what_is_no_plan(text, told):
+    with pytest.raises(PlanError, match=told):
+        parse_plan(text)
+
+
+def test_every_problem_is_named_at_once():
+    with pytest.raises(PlanError) as caught:
+        parse_plan(b"name: x\nrounds: 0\ncolour: red")
+    lines = str(caught.value).splitlines()
+    assert any(line.startswith("rounds: ") for line in lines)
+    assert "colour: unknown key" in lines
+    assert "task: missing" in lines
+
+
+def test_a_long_value_is_shortened():
+    with pytest.raises(PlanError) as caught:
+        parse_plan(changed("name", "x" * 5000))
+    assert len(str(caught.value)) < 300
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(PlanError, match="cannot read the plan: No such file") as caught:
+        load_plan(tmp_path / "none.yaml")
+    assert str(tmp_path) not in str(caught.value)
