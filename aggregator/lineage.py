@@ -38,6 +38,8 @@ PARAMS_PER_CALL = 100
 MAX_NOTE_CHARS = 200
 DIGEST_CHARS = 32  # of a dataset digest: MLflow's column holds 36
 
+# Said because the plan says so, whatever the joins say; in the silos' own words, so that it stands there once.
+CLEAR_NOTE = "updates travelled in the clear: the aggregator could read each hospital's update"
 # The only names a silo's metrics may have in MLflow; dice/<class> besides, for the classes of the plan.
 MEASURES = frozenset({"dice", "hd95_mm", "auc", "balanced_accuracy"})
 PHASES = frozenset({"wait_gpu", "ingest", "train", "encode", "encrypt", "upload", "fold", "decrypt", "apply", "evaluate", "round"})
@@ -69,9 +71,7 @@ class RoundView:
     download_bytes: int
     seconds: Mapping[str, float] = field(default_factory=dict)  # phase (train, upload, fold, round, ...) -> maximum over silos
     saturated_fraction: float = 0.0  # of the update's codes: maximum over silos
-    own: Mapping[str, Mapping[str, float]] = field(
-        default_factory=dict
-    )  # silo -> its metrics of this round's model; policy per_silo
+    own: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # silo -> its own metrics of this round's model
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Source(Protocol):
 def connect(tracking_uri: str) -> "MlflowClient":
     """A client that says nothing to anyone else, never goes through a proxy and does not retry by itself: `follow` does.
 
-    MLflow is imported here because it takes seconds, which `aggregator --help` should not, and because it reads its switches on import.
+    MLflow is imported here because that takes seconds, which `aggregator --help` should not, and reads its switches.
     """
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = os.environ["DO_NOT_TRACK"] = "true"
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
@@ -139,21 +139,17 @@ def project(view: RunView, client: "MlflowClient", known: RunView | None = None)
     Raises Disconnected when MLflow cannot be reached and StorageError when it answers with an error: both mean "again, later".
     A run that somebody deleted in MLflow is written anew. Non-finite values are not written: a gap in the curve is what they are.
     """
-    import requests
     from mlflow.exceptions import MlflowException, RestException
 
     try:
         _project(view, client, known)
     except RestException as e:
-        raise StorageError(
-            f"MLflow refuses run {view.run_id} ({e.error_code}); see the log of the MLflow server; this is tried again"
-        ) from e
-    except (MlflowException, requests.RequestException) as e:
-        status = getattr(e, "error_code", None)
-        hint = "; does --allowed-hosts of the MLflow server list this host?" if status == "PERMISSION_DENIED" else ""
-        raise Disconnected(
-            f"MLflow cannot be reached ({status or type(e).__name__}); runs go on and it catches up later{hint}"
-        ) from e
+        raise StorageError(f"MLflow refuses run {view.run_id} ({e.error_code}); its own log says why; this is tried again") from e
+    except MlflowException as e:
+        hint = (
+            "does the server's --allowed-hosts list this host" if "403" in str(e) else "is the server up, and is the address right"
+        )
+        raise Disconnected(f"MLflow cannot be reached: {hint}? Runs go on, and it catches up later") from e
 
 
 def _project(view: RunView, client: "MlflowClient", known: RunView | None) -> None:
@@ -225,7 +221,7 @@ def note_of(view: RunView) -> str:
         )
     lines.append("no differential privacy: epsilon is unbounded")
     if plan.aggregation.encryption == "none":
-        lines.append("the sum travelled in the clear: the aggregator could read every update")
+        lines.append(CLEAR_NOTE)
     lines += [" ".join(note.split())[:MAX_NOTE_CHARS] for note in view.notes]
     return "\n".join(f"- {line}" for line in dict.fromkeys(lines))
 
@@ -290,7 +286,7 @@ def _datasets(view: RunView) -> list["DatasetInput"]:
 
 
 def follow(source: Source, tracking_uri: str, stop: threading.Event) -> None:
-    """Keep MLflow up with the store until `stop`: run it in a thread of its own. One log line when MLflow goes down, one when it is back."""
+    """Keep MLflow up with the store until `stop`, in a thread of its own; one log line when MLflow goes down, one when it is up."""
     client = connect(tracking_uri)
     known: dict[str, RunView] = {}
     down, pause = "", 0.0

@@ -1,0 +1,365 @@
+"""The projection against a real MLflow server: what it writes, and that no interruption makes it write twice or miss a thing."""
+
+import math
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import structlog
+from mlflow import MlflowClient
+
+from aggregator import lineage
+from aggregator.lineage import DatasetView, RoundView, RunView, connect, follow, note_of, points_of, project
+from aggregator.round import RunPhase
+from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
+from tests.support.plans import tiny
+from wardround.canonical import digest_name
+from wardround.errors import Disconnected, StorageError
+
+Seen = Callable[[str], dict[str, Any]]
+SIMULATED = "patients are simulated from one real anatomy"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    """`connect` sets the switches of the process it runs in, which is an aggregator, not this one."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+class Store:
+    """What `follow` asks: one run, which changes under it."""
+
+    def __init__(self, view: RunView):
+        self.view, self.done = view, threading.Event()
+
+    def unprojected(self) -> list[RunView]:
+        return [] if self.done.is_set() else [self.view]
+
+    def projected(self, run_id: str) -> None:
+        assert run_id == self.view.run_id
+        self.done.set()
+
+
+@dataclass
+class Outage:
+    """An MLflow server that `follow` found down first: how it went."""
+
+    uri: str
+    database: Path
+    lines: list[Any]
+
+
+@pytest.fixture(scope="module")
+def outage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
+    """The one server of these tests, for its start takes most of a minute on a busy machine. `follow` waits for it."""
+    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    store, stop = Store(run_view("down", 2)), threading.Event()
+    with pytest.MonkeyPatch.context() as patch, structlog.testing.capture_logs() as lines:
+        patch.setattr(lineage, "POLL_S", 0.1)
+        patch.setattr(lineage, "MAX_PAUSE_S", 0.2)
+        thread = threading.Thread(target=follow, args=(store, f"http://127.0.0.1:{port}", stop))
+        thread.start()
+        process = None
+        try:
+            until(lambda: lines)
+            process = start_mlflow(folder, port)
+            uri = wait_for_mlflow(process, port)
+            store.view = run_view("down")  # the run ended meanwhile
+            assert store.done.wait(60)
+            until(lambda: len(lines) > 1)
+            stop.set()
+            thread.join(30)
+            assert not thread.is_alive()
+            yield Outage(uri, folder / "mlflow.db", list(lines))
+        finally:
+            stop.set()
+            thread.join(30)
+            if process:
+                stop_mlflow(process)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def client(outage: Outage) -> MlflowClient:
+    return connect(outage.uri)
+
+
+@pytest.fixture
+def seen(outage: Outage) -> Seen:
+    return lambda federation: rows(outage.database, federation)
+
+
+def round_view(number: int, **changes: Any) -> RoundView:
+    view = RoundView(
+        round=number,
+        attempt=1,
+        committed_ms=1_700_000_000_000 + number,
+        model_round_measured=number - 1,
+        means={"dice": number / 8, "dice/grey": number / 16, "hd95_mm": 10.0 - number},
+        cohort_size=3,
+        late=0,
+        dropped=0,
+        upload_bytes=300,
+        download_bytes=900,
+        seconds={"train": 2.5, "round": 4.0},
+        saturated_fraction=0.25,
+        own={"leuven": {"dice": number / 4}},
+    )
+    return replace(view, **changes)
+
+
+def run_view(federation: str, committed: int = 3, **changes: Any) -> RunView:
+    """A run of two rounds and the closing one; ended unless `committed` says that some are missing."""
+    ended = committed == 3
+    view = RunView(
+        run_id="tiny-1",
+        federation=federation,
+        plan=tiny(),
+        submitted_by="ada",
+        phase=RunPhase.COMPLETED if ended else RunPhase.RUNNING,
+        reason="",
+        roster_digest=b"\1" * 32,
+        protocol=1,
+        version="0.1.0",
+        audit_head=bytes([committed]) * 32,
+        created_ms=1_700_000_000_000,
+        ended_ms=1_700_000_001_000 if ended else None,
+        notes=(SIMULATED,),
+        datasets=(DatasetView("charite", b"\2" * 32, 84), DatasetView("leuven", b"\3" * 32, 90)),
+        rounds=tuple(round_view(number) for number in range(1, committed + 1)),
+    )
+    return replace(view, **changes)
+
+
+def rows(database: Path, federation: str) -> dict[str, Any]:
+    """All rows that MLflow holds of a federation's runs, by run, without its own random names: what is there twice shows twice."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
+        runs = db.execute(
+            "SELECT run_uuid, runs.name, status, start_time, end_time FROM runs JOIN experiments USING (experiment_id)"
+            " WHERE experiments.name = ? AND runs.lifecycle_stage = 'active' ORDER BY runs.name",
+            (f"{federation}/tiny",),
+        ).fetchall()
+        names = {run: name for run, name, *_ in runs}
+
+        def of(run: str, query: str) -> list[Any]:
+            return db.execute(query, (run,)).fetchall()
+
+        everything: dict[str, Any] = {"runs": list(names.values())}
+        for run, name, *status in runs:
+            everything[name] = {
+                "status": status,
+                "metrics": of(run, "SELECT key, step, timestamp, value FROM metrics WHERE run_uuid = ? ORDER BY 1, 2, 3, 4"),
+                "params": dict(of(run, "SELECT key, value FROM params WHERE run_uuid = ?")),
+                "tags": {k: names.get(v, v) for k, v in of(run, "SELECT key, value FROM tags WHERE run_uuid = ?")},
+                "inputs": of(
+                    run,
+                    "SELECT name, digest, dataset_source FROM inputs JOIN datasets ON source_id = dataset_uuid"
+                    " WHERE destination_id = ? ORDER BY 1, 2",
+                ),
+            }
+    return everything
+
+
+def test_a_run_is_written_as_operations_md_says(client: MlflowClient, seen: Seen) -> None:
+    view = run_view("whole")
+    project(view, client)
+    result = seen("whole")
+
+    assert result["runs"] == ["tiny-1", "tiny-1@leuven"]  # charite keeps its own metrics
+    run = result["tiny-1"]
+    assert run["status"] == ["FINISHED", view.created_ms, view.ended_ms]
+    points = {(key, step): value for key, step, _, value in run["metrics"]}
+    assert len(points) == len(run["metrics"]) == 33  # 11 keys, 3 rounds
+    assert [points["validation/dice", step] for step in (0, 1, 2)] == [1 / 8, 2 / 8, 3 / 8]  # of the model one round earlier
+    assert [points["cohort/size", step] for step in (1, 2, 3)] == [3, 3, 3]
+    assert points["validation/dice/grey", 2] == 3 / 16 and points["validation/hd95_mm", 0] == 9
+    assert points["seconds/train", 1] == 2.5 and points["bytes/upload", 1] == 300 and points["update/saturated_fraction", 2] == 0.25
+    assert {timestamp for key, step, timestamp, _ in run["metrics"] if (key, step) == ("validation/dice", 0)} == {1_700_000_000_001}
+
+    assert run["params"]["training.optimizer.learning_rate"] == "0.1" and run["params"]["model.channels"] == "[4,4]"
+    assert run["params"]["name"] == "tiny" and run["params"]["aggregation.server.momentum"] == "0.0"
+    assert run["tags"]["wardround.plan_digest"] == digest_name(view.plan.digest)
+    assert run["tags"]["wardround.run_id"] == "tiny-1" and run["tags"]["mlflow.user"] == "ada"
+    assert SIMULATED in run["tags"]["mlflow.note.content"] and "in the clear" in run["tags"]["mlflow.note.content"]
+    facts = '{"silo": "charite", "declared_patients": 84, "digest": "sha256:' + "02" * 32 + '"}'
+    assert run["inputs"][0] == ("brain-t1@charite", "02" * 16, facts)
+
+    own = result["tiny-1@leuven"]
+    assert own["tags"]["mlflow.parentRunId"] == "tiny-1" and own["status"][0] == "FINISHED"
+    assert [(key, step, value) for key, step, _, value in own["metrics"]] == [
+        ("validation/dice", 1, 1 / 4), ("validation/dice", 2, 2 / 4), ("validation/dice", 3, 3 / 4),
+    ]  # fmt: skip
+
+
+class Fragile:
+    """A client whose process is killed when MLflow has done call number `at`, before anyone hears of it."""
+
+    def __init__(self, client: MlflowClient, at: int = 0):
+        self.client, self.at, self.calls = client, at, 0
+        self.metrics = 0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            self.metrics += len(kwargs.get("metrics", ()))
+            result = getattr(self.client, name)(*args, **kwargs)
+            if self.calls == self.at:
+                raise Killed
+            return result
+
+        return call
+
+
+class Killed(Exception):
+    pass
+
+
+def test_killed_between_any_two_calls_and_repeated_it_writes_the_same(client: MlflowClient, seen: Seen) -> None:
+    count = Fragile(client)
+    project(run_view("smooth"), count)  # type: ignore[arg-type]
+    expected = seen("smooth")
+    assert count.calls >= 12
+    for at in range(1, count.calls + 1):
+        federation = f"killed-{at}"
+        with pytest.raises(Killed):
+            project(run_view(federation), Fragile(client, at))  # type: ignore[arg-type]
+        project(run_view(federation), client)
+        assert seen(federation) == expected, f"killed after call {at}"
+
+
+def test_written_round_by_round_or_twice_it_is_the_same(client: MlflowClient, seen: Seen) -> None:
+    project(run_view("at-once"), client)
+    known = None
+    for rounds in range(4):
+        view = run_view("by-round", rounds)
+        project(view, client, known)
+        project(view, client)
+        known = view
+    assert seen("by-round") == seen("at-once")
+
+
+def test_known_rounds_are_not_sent_again_and_a_late_report_is(client: MlflowClient, seen: Seen) -> None:
+    known = run_view("late", 2)
+    project(known, client)
+    count = Fragile(client)
+    project(known, count, known)  # type: ignore[arg-type]
+    assert count.calls and not count.metrics
+    newest = replace(known.rounds[1], own={**known.rounds[1].own, "charite": {"dice": 0.5}})
+    project(replace(known, rounds=(known.rounds[0], newest)), client, known)
+    assert seen("late")["runs"] == ["tiny-1", "tiny-1@charite", "tiny-1@leuven"]
+
+
+def test_a_run_deleted_in_mlflow_is_written_anew(client: MlflowClient, seen: Seen) -> None:
+    project(run_view("deleted"), client)
+    expected = seen("deleted")
+    experiment = client.get_experiment_by_name("deleted/tiny")
+    assert experiment is not None
+    for run in client.search_runs([experiment.experiment_id]):
+        client.delete_run(run.info.run_id)
+    project(run_view("deleted"), client)
+    assert seen("deleted") == expected
+
+
+def test_only_allowed_names_and_finite_values_reach_mlflow(client: MlflowClient, seen: Seen) -> None:
+    lies = {"dice": math.nan, "hd95_mm": math.inf, "patient/Doe^John": 1.0, "dice/Doe^John": 1.0, "auc": 0.5}
+    view = round_view(1, means=lies, own={"leuven": lies}, seconds={"1.2.840.113619": 1.0, "train": 1.0})
+    project(run_view("lies", 1, rounds=(view,)), client)
+    result = seen("lies")
+    assert "Doe" not in str(result) and "113619" not in str(result)
+    assert [key for key, *_ in result["tiny-1"]["metrics"] if "validation" in key] == ["validation/auc"]
+    assert [key for key, *_ in result["tiny-1@leuven"]["metrics"]] == ["validation/auc"]
+
+
+def test_more_values_than_one_request_may_carry(client: MlflowClient) -> None:
+    rounds = tuple(round_view(number) for number in range(1, 201))
+    project(run_view("long", 2, rounds=rounds), client)
+    experiment = client.get_experiment_by_name("long/tiny")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`wardround.run_id` = 'tiny-1'")
+    assert len(client.get_metric_history(run.info.run_id, "validation/dice")) == 200
+
+
+def test_the_note_is_lines_of_bounded_length() -> None:
+    note = note_of(run_view("note", notes=("two\nlines", "x" * 1000), phase=RunPhase.FAILED, reason="reports differ"))
+    assert "- two lines" in note and "failed, 2 of 2 rounds: reports differ" in note and "epsilon is unbounded" in note
+    assert max(len(line) for line in note.splitlines()) <= lineage.MAX_NOTE_CHARS + 2
+
+
+def test_the_closing_round_measures_the_last_model() -> None:
+    steps = {point.key: point.step for point in points_of(tiny(), round_view(3))}
+    assert steps["validation/dice"] == 2 and steps["cohort/size"] == 3
+
+
+def test_follow_says_once_that_mlflow_is_down_once_that_it_is_up_and_catches_up(outage: Outage) -> None:
+    assert [line["event"] for line in outage.lines] == ["lineage.down", "lineage.up"]
+    assert "127.0.0.1" not in str(outage.lines)
+    assert rows(outage.database, "down")["tiny-1"]["status"][0] == "FINISHED"
+
+
+def test_mlflow_that_cannot_be_reached_is_disconnected_and_retryable() -> None:
+    with pytest.raises(Disconnected, match="is the server up") as caught:
+        project(run_view("nobody"), connect(f"http://127.0.0.1:{free_port()}"))
+    assert caught.value.retryable and "127.0.0.1" not in str(caught.value)
+
+
+def test_mlflow_that_refuses_is_a_storage_error(client: MlflowClient) -> None:
+    project(run_view("changed"), client)
+    with pytest.raises(StorageError, match="MLflow refuses run tiny-1") as caught:
+        project(run_view("changed", plan=tiny(rounds=3)), client)  # a param never changes, for a plan never does
+    assert caught.value.retryable
+
+
+def test_a_host_that_the_server_does_not_allow_is_named(client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    send = requests.Session.request
+    headers = {"Host": "mlflow.example.org"}
+    monkeypatch.setattr(requests.Session, "request", lambda *a, **k: send(*a, **{**k, "headers": {**k["headers"], **headers}}))
+    with pytest.raises(Disconnected, match="allowed-hosts"):
+        project(run_view("foreign"), client)
+
+
+def test_proxy_variables_do_not_matter(outage: Outage, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    project(run_view("proxied"), connect(outage.uri))
+    assert os.environ["no_proxy"] == "example.org,127.0.0.1"
+
+
+def test_mlflow_is_imported_only_after_its_switches_are_set() -> None:
+    code = """
+import os, sys
+from aggregator.lineage import connect
+assert "mlflow" not in sys.modules
+sys.modules["mlflow"] = type(sys)("mlflow")
+sys.modules["mlflow"].MlflowClient = lambda tracking_uri: None
+connect("http://127.0.0.1:5000")
+assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == os.environ["DO_NOT_TRACK"] == "true"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
