@@ -42,7 +42,7 @@ def predict(network: nn.Module, plan: Plan, image: np.ndarray, device: torch.dev
     the patch are padded with 0. So GroupNorm sees at evaluation the extent that it saw in training.
     """
     patch = plan.data.patch
-    volume = torch.from_numpy(np.ascontiguousarray(image))
+    volume = torch.from_numpy(np.array(image))  # a copy: the snapshot's own is read-only
     batch = volume[:, None] if len(patch) == 2 else volume[None, None]
     logits = cast(Tensor, sliding_window_inference(batch.to(device), patch, WINDOWS_AT_ONCE, network))
     classes = logits.argmax(1).to(torch.uint8).cpu().numpy()

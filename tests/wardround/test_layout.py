@@ -1,0 +1,49 @@
+"""The layout known without torch is MONAI's state_dict, name by name and shape by shape."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from silo_agent.training.networks import build_network
+from tests.training.support import plan
+from wardround.layout import Array, Layout, layout_of, network_layout
+from wardround.plan import Model, ResNet18, UNet
+
+NETWORKS = [
+    UNet(network="UNet", channels=(8, 8, 16, 16), strides=(1, 2, 2)),
+    UNet(network="UNet", channels=(4, 8), strides=(2,)),
+    UNet(network="UNet", channels=(6, 12, 24), strides=(2, 1), norm_groups=3),
+    UNet(network="UNet", channels=(4, 8, 16, 16, 32, 32), strides=(1, 2, 2, 2, 4)),
+    ResNet18(network="ResNet18"),
+]
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("model", NETWORKS, ids=lambda m: f"{m.network}-{len(getattr(m, 'channels', ()))}")
+def test_is_monais_state_dict(model: Model, spatial_dims: int) -> None:
+    with torch.device("meta"):  # shapes only
+        network = build_network(model, spatial_dims, num_classes=3)
+    expected = tuple(Array(name, tuple(values.shape)) for name, values in network.state_dict().items())
+    assert network_layout(model, spatial_dims, num_classes=3).arrays == expected
+    assert [name for name, _ in network.named_parameters()] == [array.name for array in expected], "a buffer would be lost"
+
+
+def test_the_plan_decides_dimensions_and_classes() -> None:
+    slices = plan(patch=(16, 16), classes=("background", "grey"))
+    assert layout_of(slices).arrays[-1] == Array("model.2.conv.bias", (2,))
+    assert layout_of(slices) == network_layout(slices.model, spatial_dims=2, num_classes=2)
+    assert layout_of(plan(patch=(16, 16, 16))).arrays[0] == Array("model.0.conv.weight", (4, 1, 3, 3, 3))
+
+
+def test_counts_and_digest_by_hand() -> None:
+    layout = Layout((Array("a", (2, 3)), Array("b", ())))
+    assert (layout.num_parameters, layout.num_bytes) == (7, 28)
+    assert layout.digest != Layout((Array("a", (3, 2)), Array("b", ()))).digest
+    assert layout.digest != Layout((Array("b", ()), Array("a", (2, 3)))).digest
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys; import wardround.layout; assert not {'torch', 'monai'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
