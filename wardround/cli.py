@@ -14,6 +14,7 @@ from wardround.chunks import MAX_SILOS, clear_bytes
 from wardround.errors import ConflictError, SettingsError, StorageError, WardroundError
 from wardround.keyfiles import ed25519_key, private_pem, read_secret, write_secret
 from wardround.layout import layout_of
+from wardround.messages import SILO_NAME
 from wardround.plan import Plan, load_plan
 from wardround.roster import changes, operator_words, parse_draft, read_public_key, sign_roster, write_public_key
 
@@ -108,6 +109,8 @@ def operator_init(
 
     Prints the public key, for the aggregator and every hospital, and eight words to compare by telephone.
     """
+    if not SILO_NAME.fullmatch(federation):
+        raise SettingsError("a federation's name has lower-case letters, digits and hyphens, at most 40")
     public_file = out.with_suffix(".pub")
     if out.exists() or public_file.exists():
         raise ConflictError("there is an operator key already: nothing was overwritten; choose another --out")
