@@ -146,9 +146,8 @@ def project(view: RunView, client: "MlflowClient", known: RunView | None = None)
     except RestException as e:
         raise StorageError(f"MLflow refuses run {view.run_id} ({e.error_code}); its own log says why; this is tried again") from e
     except MlflowException as e:
-        hint = (
-            "does the server's --allowed-hosts list this host" if "403" in str(e) else "is the server up, and is the address right"
-        )
+        forbidden = e.error_code == "PERMISSION_DENIED"
+        hint = "does the server's --allowed-hosts list this host" if forbidden else "is the server up, and is the address right"
         raise Disconnected(f"MLflow cannot be reached: {hint}? Runs go on, and it catches up later") from e
 
 
