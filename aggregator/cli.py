@@ -1,0 +1,405 @@
+"""`aggregator`: the coordinator's command line. It works on the data folder itself; a running server notices within a second."""
+
+import getpass
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from aggregator.config import Settings, load_settings
+from aggregator.driver import situation
+from aggregator.server import Opened, serve
+from aggregator.store import ENDED, RunState, Store
+from aggregator.telemetry import configure
+from wardround.chunks import MAX_SILOS
+from wardround.cli import Json, command_line, plan_facts, print_facts, run
+from wardround.errors import ConflictError, PlanError, SettingsError, StorageError
+from wardround.keyfiles import write_secret
+from wardround.pb import federation_pb2 as pb
+from wardround.plan import Plan, load_plan
+from wardround.roster import draft
+
+WATCH_S = 1.0
+Run = Annotated[str, typer.Argument(help="The run's name, e.g. brain-tissue-1.")]
+
+app = command_line("The aggregator of a federation: serve hospitals, submit plans, watch runs, let silos in.")
+plan_app = command_line("Plans: check one, submit one.")
+run_app = command_line("Runs: list, show, watch, abort.")
+silo_app = command_line("Silos: tokens to enrol with, who is there, whom to stop.")
+roster_app = command_line("The roster: draft what the operator signs, publish what was signed.")
+for name, group in (("plan", plan_app), ("run", run_app), ("silo", silo_app), ("roster", roster_app)):
+    app.add_typer(group, name=name)
+
+
+@app.callback()
+def settings_file(
+    context: typer.Context,
+    config: Annotated[Path, typer.Option(help="The settings.", envvar="WARDROUND_AGGREGATOR_CONFIG")] = Path("aggregator.yaml"),
+) -> None:
+    context.obj = config
+
+
+def _settings(context: typer.Context) -> Settings:
+    return load_settings(context.obj)
+
+
+@contextmanager
+def _opened(context: typer.Context) -> Iterator[Opened]:
+    opened = Opened.of(_settings(context))
+    try:
+        yield opened
+    finally:
+        opened.database.close()
+
+
+@app.command("serve")
+def serve_command(context: typer.Context) -> None:
+    """Serve the federation until SIGTERM, which drains.
+
+    \b
+    Example:
+      aggregator --config aggregator.yaml serve
+
+    Makes the data folder, the database and the certificates where they are missing. Killed at any moment, it goes on where it was.
+    """
+    settings = _settings(context)
+    configure(settings.log)
+    serve(settings)
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------------------
+
+
+@plan_app.command()
+def check(context: typer.Context, file: Annotated[Path, typer.Argument(help="The plan, YAML.")], json_: Json = False) -> None:
+    """Check a plan against the silos that are active now. Submits nothing.
+
+    \b
+    Example:
+      aggregator plan check brain-tissue.yaml
+
+    Whether a hospital's policy and data fit is its own decision: it answers when the plan is submitted, before anything trains.
+    """
+    plan = load_plan(file)
+    with _opened(context) as opened:
+        active = _check_fits(plan, opened.store)
+    unknown = "not asked: a hospital's policy and dataset are judged there, once the plan is submitted"
+    print_facts(plan_facts(plan) | {"active_silos": active, "each_silo": unknown}, json_)
+
+
+@plan_app.command()
+def submit(context: typer.Context, file: Annotated[Path, typer.Argument(help="The plan, YAML.")], json_: Json = False) -> None:
+    """Submit a plan: every active silo is asked, and the run starts when they have joined.
+
+    \b
+    Example:
+      aggregator plan submit brain-tissue.yaml
+      aggregator run watch brain-tissue-1
+
+    One run moves at a time; a later one waits for it to end.
+    """
+    plan = load_plan(file)
+    with _opened(context) as opened:
+        active = _check_fits(plan, opened.store)
+        name = opened.store.submit(plan, _person())
+    print_facts({"run": name, "asked": active}, json_)
+
+
+def _check_fits(plan: Plan, store: Store) -> list[str]:
+    """Names of the active silos. Raises PlanError."""
+    roster = store.newest_roster()
+    revoked = {silo.name for silo in store.silos() if silo.revoked_ms is not None}
+    active = sorted(roster.active().keys() - revoked) if roster else []
+    if len(active) < plan.aggregation.min_silos:
+        raise PlanError(
+            f"aggregation.min_silos is {plan.aggregation.min_silos}, the published roster has {len(active)} active "
+            "silos: enrol more, or ask fewer"
+        )
+    if len(active) > MAX_SILOS:
+        raise PlanError(f"a sum has headroom for {MAX_SILOS} silos, the published roster has {len(active)} active ones")
+    return active
+
+
+def _person() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"  # a container whose user has no name
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------------------
+
+
+@run_app.command("list")
+def run_list(context: typer.Context, json_: Json = False) -> None:
+    """Every run, oldest first.
+
+    \b
+    Example:
+      aggregator run list
+    """
+    with _opened(context) as opened:
+        now = opened.store.now_ms()
+        rows = [_summary(state, now) for state in opened.store.runs()]
+    _print_rows("runs", rows, json_, ("run", "phase", "round", "rounds", "situation"))
+
+
+@run_app.command("show")
+def run_show(context: typer.Context, name: Run, json_: Json = False) -> None:
+    """One run: where it stands, whom it waits for, who refused and why, which attempts failed and why.
+
+    \b
+    Example:
+      aggregator run show brain-tissue-1
+    """
+    with _opened(context) as opened:
+        print_facts(_details(opened.store, name), json_)
+
+
+@run_app.command("watch")
+def run_watch(context: typer.Context, name: Run, json_: Json = False) -> None:
+    """Follow a run until it ends: a live table on a terminal, else a line per change (with --json a JSON object per line).
+
+    \b
+    Example:
+      aggregator run watch brain-tissue-1
+
+    Exit code 0 when it completed, 1 when it failed or was aborted.
+    """
+    with _opened(context) as opened:
+        phase = _watch_live(opened.store, name) if sys.stdout.isatty() and not json_ else _watch_lines(opened.store, name, json_)
+    raise typer.Exit(0 if phase == "completed" else 1)
+
+
+@run_app.command("abort")
+def run_abort(context: typer.Context, name: Run, json_: Json = False) -> None:
+    """Ask for a run to be ended now. Completed rounds stay; the round under way is given up.
+
+    \b
+    Example:
+      aggregator run abort brain-tissue-1
+    """
+    with _opened(context) as opened:
+        opened.store.request_abort(name, _person())
+    print_facts({"run": name, "abort": "requested; the server ends it within seconds"}, json_)
+
+
+def _summary(state: RunState, now_ms: int) -> dict[str, Any]:
+    return {
+        "run": state.id,
+        "phase": state.phase,
+        "round": state.attempt.round if state.attempt else 0,
+        "rounds": state.plan.rounds,
+        "situation": situation(state, now_ms),
+    }
+
+
+def _details(store: Store, name: str) -> dict[str, Any]:
+    state = store.run(name)
+    refusals = {silo: pb.Refusal.FromString(signed.body) for silo, signed in state.refusals.items()}
+    rounds = []
+    for total in store.sums(name):
+        means = dict(pb.ModelReport.FromString(next(iter(total.reports.values())).body).means) if total.reports else {}
+        rounds.append(
+            {"round": total.attempt.round, "in_sum": list(total.attempt.u3), "reported": sorted(total.reports), "means": means}
+        )
+    return _summary(state, store.now_ms()) | {
+        "plan_digest": "sha256:" + state.plan.digest.hex(),
+        "submitted_by": state.submitted_by,
+        "submitted": _when(state.created_ms),
+        "ended": _when(state.ended_ms),
+        "joined": sorted(state.joins),
+        "refused": [f"{silo}: {refusal.reason}" for silo, refusal in refusals.items()],
+        "given_up": [f"round {one.round}, attempt {one.attempt}: {one.reason}" for one in store.abandoned(name)],
+        "completed": rounds,
+        "notes": _notes(state),
+    }
+
+
+def _notes(state: RunState) -> list[str]:
+    said = [note for signed in state.joins.values() for note in pb.Join.FromString(signed.body).notes]
+    return list(dict.fromkeys(said))
+
+
+def _watch_lines(store: Store, name: str, as_json: bool) -> str:
+    last = ""
+    while True:
+        state = store.run(name)
+        summary = _summary(state, store.now_ms())
+        if summary["situation"] != last:
+            last = summary["situation"]
+            print_facts(summary, True) if as_json else print(last)
+            sys.stdout.flush()
+        if state.phase in ENDED:
+            return state.phase
+        time.sleep(WATCH_S)
+
+
+def _watch_live(store: Store, name: str) -> str:
+    with Live(console=Console(), refresh_per_second=4) as live:
+        while True:
+            state = store.run(name)
+            live.update(_table(store, state))
+            if state.phase in ENDED:
+                return state.phase
+            time.sleep(WATCH_S)
+
+
+def _table(store: Store, state: RunState) -> Table:
+    """A line per silo: what it says it does, and what it has delivered for the attempt under way."""
+    table = Table("silo", "stance", "does", "upload", "seal", "report", "seen", title=situation(state, store.now_ms()))
+    known = {silo.name: silo for silo in store.silos()}
+    for silo in sorted(state.active | state.joins.keys()):
+        about = known.get(silo)
+        stance = "joined" if silo in state.joins else "refused" if silo in state.refusals else "asked"
+        upload = state.uploads.get(silo)
+        seen = f"{max(0, store.now_ms() - about.last_seen_ms) // 1000} s ago" if about and about.last_seen_ms else "never"
+        ticks = ("yes" if silo in state.seals else "", "yes" if silo in state.reports else "")
+        done = "" if upload is None else "yes" if upload.finished_ms else upload.state
+        table.add_row(silo, stance, about.activity if about else "", done, *ticks, seen)
+    return table
+
+
+# --- silos -----------------------------------------------------------------------------------------------------------------------
+
+
+@silo_app.command()
+def token(
+    context: typer.Context,
+    names: Annotated[list[str], typer.Argument(help="One or more silo names.")],
+    out: Annotated[Path, typer.Option(help="The folder for the files.")] = Path(),
+    json_: Json = False,
+) -> None:
+    """Write one enrolment file per silo, to be sent to that hospital: it works once, for that name, for a week.
+
+    \b
+    Example:
+      aggregator silo token st-marys charite leuven --out letters
+    """
+    made = []
+    with _opened(context) as opened:
+        settings = opened.settings
+        for silo in names:
+            data, serial, expires = opened.pki.make_enrollment(silo, settings.host, settings.port, settings.operator_public_key())
+            path = out / f"wardround-{silo}.yaml"
+            if path.exists():
+                raise ConflictError(f"there is a file {path.name} already: move it away, or choose another --out")
+            opened.store.token_issued(
+                serial, silo, int(expires.timestamp() * 1000)
+            )  # before the file: a token nobody has is no risk
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                write_secret(path, data, replace=False)
+            except OSError as error:
+                raise StorageError(f"the enrolment file cannot be written: {error.strerror}") from None
+            made.append({"silo": silo, "file": path.name, "expires": expires.isoformat(timespec="minutes")})
+    _print_rows("tokens", made, json_, ("silo", "file", "expires"))
+
+
+@silo_app.command("list")
+def silo_list(context: typer.Context, json_: Json = False) -> None:
+    """Every silo: its standing, its version, what it does and when it was last seen; and tokens not used yet.
+
+    \b
+    Example:
+      aggregator silo list
+    """
+    with _opened(context) as opened:
+        store, roster = opened.store, opened.store.newest_roster()
+        known = {silo.name: silo for silo in store.silos()}
+        members = {member.name: member.status for member in roster.silos} if roster else {}
+        waiting = {one.silo for one in store.tokens() if one.state == "unused" and one.expires_ms > store.now_ms()}
+        rows: list[dict[str, Any]] = []
+        for silo in sorted(known.keys() | members.keys() | waiting):
+            about = known.get(silo)
+            standing = members.get(silo) or ("enrolled, not in the roster" if about else "token issued, not enrolled")
+            rows.append(
+                {
+                    "silo": silo,
+                    "standing": "revoked" if about and about.revoked_ms is not None else standing,
+                    "version": about.software_version if about else "",
+                    "activity": about.activity if about else "",
+                    "approved_roster": about.roster_version if about else 0,
+                    "last_seen": _when(about.last_seen_ms) if about else None,
+                }
+            )
+    _print_rows("silos", rows, json_, ("silo", "standing", "version", "activity", "approved_roster", "last_seen"))
+
+
+@silo_app.command()
+def revoke(context: typer.Context, name: Annotated[str, typer.Argument(help="The silo.")], json_: Json = False) -> None:
+    """Refuse every call of a silo from now on, also on open connections, and void its unused tokens.
+
+    \b
+    Example:
+      aggregator silo revoke leuven
+      aggregator roster draft | wardround roster sign --key operator.key | aggregator roster publish
+
+    The other hospitals drop it once a roster without it is signed and published: the second line.
+    """
+    with _opened(context) as opened:
+        opened.store.revoke(name)
+    print_facts({"revoked": name, "next": "draft, sign and publish a roster without it"}, json_)
+
+
+# --- the roster ------------------------------------------------------------------------------------------------------------------
+
+
+@roster_app.command("draft")
+def roster_draft(context: typer.Context, json_: Json = False) -> None:
+    """Print the next roster for the operator to sign: the current members, who has enrolled since, and without who was revoked.
+
+    \b
+    Example:
+      aggregator roster draft | wardround roster sign --key operator.key | aggregator roster publish
+
+    Always JSON: --json changes nothing.
+    """
+    with _opened(context) as opened:
+        proposed, current = opened.store.proposed_roster()
+    if not proposed.silos:
+        raise SettingsError("no silo has enrolled yet: send each its file (aggregator silo token NAME) and wait for it")
+    print(draft(proposed, current).decode())
+
+
+@roster_app.command("publish")
+def roster_publish(
+    context: typer.Context,
+    file: Annotated[typer.FileBinaryRead, typer.Argument(help="roster.json as signed; - is standard input.")] = "-",  # type: ignore[assignment]
+    json_: Json = False,
+) -> None:
+    """Accept a roster that the operator signed: silos get it with their next poll.
+
+    \b
+    Example:
+      aggregator roster publish roster.json
+    """
+    with _opened(context) as opened:
+        roster = opened.store.publish_roster(file.read().strip())
+    print_facts({"version": roster.version, "digest": "sha256:" + roster.digest.hex(), "active": sorted(roster.active())}, json_)
+
+
+def _print_rows(title: str, rows: list[dict[str, Any]], as_json: bool, columns: tuple[str, ...]) -> None:
+    if as_json:
+        print_facts({title: rows}, True)
+        return
+    table = Table(*(column.replace("_", " ") for column in columns))
+    for row in rows:
+        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _when(time_ms: int | None) -> str | None:
+    return None if time_ms is None else datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="seconds")
+
+
+def main() -> None:
+    run(app)

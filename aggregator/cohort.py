@@ -1,0 +1,100 @@
+"""Who is in a round and what the round depends on: pure functions of a RunState."""
+
+from aggregator.store import RunState
+from wardround.canonical import canonical_json, frame, sha256
+from wardround.chunks import CLEAR_HE_DIGEST
+from wardround.layout import layout_of
+from wardround.messages import NO_EPOCH, round_ctx
+from wardround.pb import federation_pb2 as pb
+
+
+def joins_of(state: RunState) -> dict[str, pb.Join]:
+    """Silo -> its Join, sorted by name. Signatures were checked when they came."""
+    return {silo: pb.Join.FromString(signed.body) for silo, signed in state.joins.items()}
+
+
+def reports_of(state: RunState) -> dict[str, pb.ModelReport]:
+    return {silo: pb.ModelReport.FromString(signed.body) for silo, signed in state.reports.items()}
+
+
+def join_agreement(join: pb.Join) -> bytes:
+    """What all joins of a run must share: the layout, the initial model, the first bounds."""
+    return sha256(frame(b"join", join.layout_digest, join.initial_model_mac, join.bounds_digest))
+
+
+def report_agreement(report: pb.ModelReport) -> bytes:
+    """What all reports of a round must share: the sum, the new model, the next bounds, the cohort's means."""
+    means = canonical_json(dict(report.means))
+    return sha256(frame(b"report", report.sum_digest, report.model_mac, report.bounds_digest, means))
+
+
+def cap_of(state: RunState, cohort: tuple[str, ...]) -> int:
+    """The largest number of patients that the silos a run starts with declared."""
+    joins = joins_of(state)
+    return max(joins[silo].declared_patients for silo in cohort)
+
+
+def select(state: RunState) -> tuple[int, tuple[str, ...]]:
+    """(roster version, cohort sorted by name) of the next attempt: secure-sum.md section 3.
+
+    A round uses the newest version that every silo of its cohort has approved and that is at least the run's; removals in any newer
+    version act at once. A silo that the others have not approved yet waits, and makes nobody else wait.
+    """
+    newest = max(state.rosters)
+    ready = {
+        silo: min(state.approved.get(silo, 0), newest)
+        for silo in state.joins
+        if silo in state.active and state.approved.get(silo, 0) >= state.roster_version
+    }
+    version = min(ready.values(), default=newest)
+    return version, tuple(sorted(ready.keys() & state.rosters[version].active().keys()))
+
+
+def unapproved(state: RunState) -> dict[str, str]:
+    """Silo that joined and waits -> whom it waits for, as a sentence for the coordinator."""
+    version, cohort = select(state)
+    waits = {}
+    for silo in sorted(state.joins.keys() & state.active):
+        if state.approved.get(silo, 0) < state.roster_version:
+            waits[silo] = (
+                f"{silo} has not approved roster version {state.roster_version} yet: its IT runs `silo-agent roster approve`"
+            )
+        elif silo not in cohort:
+            behind = ", ".join(name for name in cohort if state.approved.get(name, 0) <= version)
+            waits[silo] = f"{silo} waits until {behind} have approved a roster that names it"
+    return waits
+
+
+def next_facts(state: RunState, federation: str, deadline_ms: int) -> pb.Round:
+    """The facts of the next attempt: of round 1, of the round after a completed one, or of the same round once more."""
+    version, cohort = select(state)
+    before = state.attempt
+    if before is None:
+        join = next(iter(joins_of(state).values()))
+        round_, attempt, model, bounds = 1, 1, join.initial_model_mac, join.bounds_digest
+    elif before.phase == "completed":
+        report = next(iter(reports_of(state).values()))
+        round_, attempt, model, bounds = before.round + 1, 1, report.model_mac, report.bounds_digest
+    else:
+        round_, attempt = before.round, before.attempt + 1
+        model, bounds = before.facts.previous_model_mac, before.facts.bounds_digest
+    facts = pb.Round(
+        protocol=state.plan.protocol,
+        federation=federation,
+        round=round_,
+        attempt=attempt,
+        plan_digest=state.plan.digest,
+        layout_digest=layout_of(state.plan).digest,
+        bounds_digest=bounds,
+        he_digest=CLEAR_HE_DIGEST,
+        key_epoch=0,
+        epoch_commitment=NO_EPOCH,
+        roster_digest=state.rosters[version].digest,
+        previous_model_mac=model,
+        cohort=cohort,
+        cap=state.cap,
+        roster_version=version,
+        deadline_unix_ms=deadline_ms,
+    )
+    facts.ctx = round_ctx(facts, state.id)
+    return facts

@@ -1,0 +1,71 @@
+"""What one silo is offered: a pure function of what the store showed at one instant."""
+
+from aggregator.store import RunState, Sum, Waiting
+from wardround.audit import SignedHead
+from wardround.canonical import sha256
+from wardround.pb import federation_pb2 as pb
+
+_ENDED = {"completed": pb.COMPLETED, "failed": pb.FAILED, "aborted": pb.ABORTED}
+_IN_COHORT = {"open": pb.OPEN, "sealed": pb.SEALED, "evaluating": pb.EVALUATING}
+
+
+def offer(waiting: Waiting, silo: str, federation: str, message: str) -> pb.Offer:
+    """The offer with its etag, a digest over everything in it but the audit head."""
+    state = waiting.state
+    made = pb.Offer(phase=pb.IDLE, message=message) if state is None else _of_run(state, waiting.sums, silo, federation, message)
+    made.roster_version = waiting.roster_version
+    made.etag = sha256(made.SerializeToString(deterministic=True))
+    made.head.CopyFrom(audit_head(waiting.head))
+    return made
+
+
+def audit_head(head: SignedHead) -> pb.AuditHead:
+    return pb.AuditHead(seq=head.head.seq, hash=head.head.hash, signature=head.signature)
+
+
+def _of_run(state: RunState, sums: tuple[Sum, ...], silo: str, federation: str, message: str) -> pb.Offer:
+    phase = _phase(state, silo)
+    made = pb.Offer(phase=phase, run=state.id, plan=state.plan_text, message=message)
+    attempt = state.attempt
+    if phase == pb.INVITED or attempt is None:
+        made.facts.CopyFrom(_of_the_run_alone(state, federation))
+        return made
+    made.facts.CopyFrom(attempt.facts)
+    made.joins.extend(state.joins[name] for name in attempt.cohort)
+    if phase == pb.SEALED:
+        made.uploads.extend(state.headers[name] for name in attempt.u3)
+    made.sums.extend(published(one) for one in sums)
+    return made
+
+
+def _phase(state: RunState, silo: str) -> pb.Phase:
+    if state.phase in _ENDED:
+        return _ENDED[state.phase]
+    if silo not in state.joins and silo not in state.refusals:
+        return pb.INVITED  # also of a running run: it becomes part of the cohort from the next attempt
+    if state.attempt is None or silo not in state.joins:
+        return pb.WAITING
+    if state.attempt.phase == "evaluating":
+        return pb.EVALUATING
+    return _IN_COHORT.get(state.attempt.phase, pb.WAITING) if silo in state.attempt.cohort else pb.WAITING
+
+
+def _of_the_run_alone(state: RunState, federation: str) -> pb.Round:
+    return pb.Round(
+        protocol=state.plan.protocol,
+        federation=federation,
+        plan_digest=state.plan.digest,
+        roster_version=state.roster_version,
+        roster_digest=state.rosters[state.roster_version].digest,
+    )
+
+
+def published(total: Sum) -> pb.Sum:
+    attempt = total.attempt
+    return pb.Sum(
+        facts=attempt.facts,
+        uploads=total.headers.values(),
+        reports=total.reports.values(),
+        digest=attempt.sum_digest,
+        num_bytes=attempt.sum_bytes,
+    )

@@ -1,0 +1,504 @@
+"""The store's half about runs: plans, attempts, statements and uploads. One method is one transaction with its audit record.
+
+A decision is made on a RunState, read in one transaction, and written with `seen`, its revision: if anything was decided in
+between, Stale is raised and nothing is written, so that no decision rests on what is no longer so.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Self, TypeVar
+
+import sqlalchemy as sa
+
+from aggregator import schema
+from aggregator.members import Members, Stale, conflict
+from wardround.audit import SignedHead
+from wardround.errors import ConflictError, MessageError, SettingsError
+from wardround.messages import run_ctx, statement_digest
+from wardround.pb import federation_pb2 as pb
+from wardround.plan import Plan, parse_plan
+from wardround.roster import Roster
+
+__all__ = ["Attempt", "RunState", "Stale", "Store", "Sum", "Upload", "Waiting", "on_fresh_state"]
+Result = TypeVar("Result")
+MAX_TRIES = 200  # of a decision that others keep overtaking
+MAX_SUMS = 8  # per offer
+_runs, _attempts, _statements, _uploads = schema.runs.c, schema.attempts.c, schema.statements.c, schema.uploads.c
+ENDED = ("completed", "failed", "aborted")
+_cached_plan = lru_cache(maxsize=64)(parse_plan)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt of one round. Times are Unix ms; `facts` carries the deadline of the current phase."""
+
+    run: str
+    round: int
+    attempt: int
+    phase: str
+    facts: pb.Round
+    cohort: tuple[str, ...]
+    u3: tuple[str, ...]
+    sum_digest: bytes | None
+    sum_bytes: int | None
+    reason: str | None
+    deadline_ms: int
+    opened_ms: int
+    sealed_ms: int | None
+    folded_ms: int | None
+    published_ms: int | None
+    completed_ms: int | None
+
+    @classmethod
+    def of(cls, row: sa.Row[Any]) -> Self:
+        values = dict(row._mapping)
+        del values["ctx"]
+        facts = pb.Round.FromString(values["facts"])
+        facts.deadline_unix_ms = values["deadline_ms"]
+        lists = {"cohort": tuple(json.loads(values["cohort"])), "u3": tuple(json.loads(values["u3"] or "[]"))}
+        return cls(**values | lists | {"facts": facts})
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return (self.run, self.round, self.attempt)
+
+
+@dataclass(frozen=True)
+class Upload:
+    run: str
+    round: int
+    attempt: int
+    silo: str
+    content_digest: bytes
+    num_bytes: int
+    declared_patients: int
+    state: str
+    begun_ms: int
+    finished_ms: int | None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A published sum with the statements that belong to it, by silo."""
+
+    attempt: Attempt
+    headers: Mapping[str, pb.Signed]
+    reports: Mapping[str, pb.Signed]
+
+
+@dataclass(frozen=True)
+class RunState:
+    """All that a decision about a run may depend on. `seq` is the store's revision when it was read."""
+
+    seq: int
+    id: str
+    plan: Plan
+    plan_text: bytes
+    ctx: bytes
+    phase: str
+    reason: str
+    abort_requested: bool
+    cap: int
+    roster_version: int
+    submitted_by: str
+    created_ms: int
+    started_ms: int | None
+    ended_ms: int | None
+    deadline_ms: int
+    audit_seq: int
+    rosters: Mapping[int, Roster]  # the run's and newer, by version
+    revoked: frozenset[str]
+    approved: Mapping[str, int]  # silo -> newest roster version it has approved
+    joins: Mapping[str, pb.Signed] = field(default_factory=dict)
+    refusals: Mapping[str, pb.Signed] = field(default_factory=dict)
+    attempt: Attempt | None = None  # the newest
+    headers: Mapping[str, pb.Signed] = field(default_factory=dict)  # of the newest attempt, also of unfinished uploads
+    uploads: Mapping[str, Upload] = field(default_factory=dict)  # of the newest attempt
+    seals: Mapping[str, pb.Signed] = field(default_factory=dict)
+    reports: Mapping[str, pb.Signed] = field(default_factory=dict)
+
+    @property
+    def roster(self) -> Roster:
+        """The newest."""
+        return self.rosters[max(self.rosters)]
+
+    @property
+    def active(self) -> frozenset[str]:
+        return frozenset(self.roster.active()) - self.revoked
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What a silo that polls needs to see, of one instant."""
+
+    head: SignedHead
+    roster_version: int
+    state: RunState | None = None
+    sums: tuple[Sum, ...] = ()
+
+
+class Store(Members):
+    """See members.py for the other half."""
+
+    # --- reading ---------------------------------------------------------------------------------------------------------------
+
+    def runs(self) -> list[RunState]:
+        """Oldest first."""
+        with self._database.read() as db:
+            return [self._state(db, row) for row in db.execute(sa.select(schema.runs).order_by(_runs.seq))]
+
+    def run(self, run: str) -> RunState:
+        """Raises SettingsError for an unknown name."""
+        with self._database.read() as db:
+            return self._state(db, self._run_row(db, run))
+
+    def active_run(self) -> RunState | None:
+        """The oldest run that has not ended: the only one that moves."""
+        with self._database.read() as db:
+            row = self._active_row(db)
+            return None if row is None else self._state(db, row)
+
+    def run_of(self, ctx: bytes) -> RunState | None:
+        """The run that a join or refusal was signed for."""
+        with self._database.read() as db:
+            row = db.execute(sa.select(schema.runs).where(_runs.ctx == ctx)).one_or_none()
+            return None if row is None else self._state(db, row)
+
+    def attempt_of(self, ctx: bytes) -> tuple[Attempt, RunState] | None:
+        """The attempt that a statement was signed for, and its run with what belongs to *that* attempt."""
+        with self._database.read() as db:
+            row = db.execute(sa.select(schema.attempts).where(_attempts.ctx == ctx)).one_or_none()
+            if row is None:
+                return None
+            attempt = Attempt.of(row)
+            return attempt, self._state(db, self._run_row(db, attempt.run), attempt)
+
+    def waiting(self, silo: str, run: str, model_round: int) -> Waiting:
+        """For a poll: the active run, else the newest ended one that the silo joined, with the sums after its `model_round`."""
+        with self._database.read() as db:
+            newest = self._newest_roster(db)
+            head, version = self._head(db), newest.version if newest else 0
+            row = self._active_row(db)
+            if row is None:
+                joined = sa.select(_statements.run).where(_statements.silo == silo, _statements.message == "answer")
+                query = sa.select(schema.runs).where(_runs.phase.in_(ENDED), _runs.id.in_(joined)).order_by(_runs.seq.desc())
+                found = [state for state in (self._state(db, one) for one in db.execute(query.limit(1))) if silo in state.joins]
+                state = found[0] if found else None
+            else:
+                state = self._state(db, row)
+            if state is None:
+                return Waiting(head, version)
+            after = model_round if run == state.id else 0
+            return Waiting(head, version, state, tuple(self._sums(db, state.id, after)) if silo in state.joins else ())
+
+    def sums(self, run: str) -> list[Sum]:
+        """Every published sum of a run, oldest first."""
+        with self._database.read() as db:
+            return self._sums(db, run, 0, limit=1 << 30)
+
+    def sum_size(self, digest: bytes, silo: str) -> int | None:
+        """Bytes of a published sum, if this silo joined its run."""
+        joined = sa.select(_statements.run).where(_statements.silo == silo, _statements.message == "answer")
+        query = sa.select(_attempts.sum_bytes).where(
+            _attempts.sum_digest == digest, _attempts.published_ms.is_not(None), _attempts.run.in_(joined)
+        )
+        with self._database.read() as db:
+            return db.execute(query.limit(1)).scalar()
+
+    def abandoned(self, run: str) -> list[Attempt]:
+        query = sa.select(schema.attempts).where(_attempts.run == run, _attempts.phase == "abandoned")
+        with self._database.read() as db:
+            return [Attempt.of(row) for row in db.execute(query.order_by(_attempts.round, _attempts.attempt))]
+
+    def upload(self, silo: str, content_digest: bytes) -> Upload | None:
+        """The newest upload of that content by that silo."""
+        query = sa.select(schema.uploads).where(_uploads.silo == silo, _uploads.content_digest == content_digest)
+        with self._database.read() as db:
+            row = db.execute(
+                query.order_by(_uploads.begun_ms.desc(), _uploads.round.desc(), _uploads.attempt.desc()).limit(1)
+            ).first()
+            return None if row is None else Upload(**row._mapping)
+
+    def live_blobs(self) -> tuple[set[bytes], set[tuple[bytes, str]]]:
+        """(digests of whole blobs, (digest, silo) of partial uploads) that something still needs: everything else may go."""
+        with self._database.read() as db:
+            whole = set(db.scalars(sa.select(_uploads.content_digest).where(_uploads.state == "durable")))
+            whole |= set(
+                db.scalars(sa.select(_attempts.sum_digest).where(_attempts.sum_digest.is_not(None), _attempts.phase != "abandoned"))
+            )
+            partial = db.execute(sa.select(_uploads.content_digest, _uploads.silo).where(_uploads.state == "receiving"))
+            return whole, {(row.content_digest, row.silo) for row in partial}
+
+    def unprojected(self) -> list[str]:
+        """Runs that MLflow may not show as they are: under way, or ended and not written as a whole. Oldest first."""
+        with self._database.read() as db:
+            return list(db.scalars(sa.select(_runs.id).where(_runs.projected == 0).order_by(_runs.seq)))
+
+    def audit_hash(self, seq: int) -> bytes:
+        with self._database.read() as db:
+            return bytes(db.execute(sa.select(schema.audit.c.hash).where(schema.audit.c.seq == seq)).scalar_one())
+
+    def projected(self, run: str) -> None:
+        """An ended run is in MLflow as a whole. A view, not a decision: no audit record."""
+        with self._write() as db:
+            db.execute(sa.update(schema.runs).where(_runs.id == run, _runs.phase.in_(ENDED)).values(projected=1))
+
+    def _run_row(self, db: sa.Connection, run: str) -> sa.Row[Any]:
+        row = db.execute(sa.select(schema.runs).where(_runs.id == run)).one_or_none()
+        if row is None:
+            raise SettingsError(f"there is no run {run}: see `aggregator run list`")
+        return row
+
+    def _active_row(self, db: sa.Connection) -> sa.Row[Any] | None:
+        return db.execute(sa.select(schema.runs).where(_runs.phase.not_in(ENDED)).order_by(_runs.seq).limit(1)).one_or_none()
+
+    def _sums(self, db: sa.Connection, run: str, after: int, limit: int = MAX_SUMS) -> list[Sum]:
+        query = sa.select(schema.attempts).where(_attempts.run == run, _attempts.round > after, _attempts.published_ms.is_not(None))
+        found = []
+        for attempt in [Attempt.of(row) for row in db.execute(query.order_by(_attempts.round).limit(limit))]:
+            said = self._said(db, *attempt.key)
+            headers = {silo: said.get("upload", {})[silo] for silo in attempt.u3}
+            found.append(Sum(attempt, headers, said.get("model-report", {})))
+        return found
+
+    def _said(self, db: sa.Connection, run: str, round_: int, attempt: int) -> dict[str, dict[str, pb.Signed]]:
+        """Statements by kind and silo, in the order of names."""
+        query = sa.select(_statements.message, _statements.silo, _statements.signed).where(
+            _statements.run == run, _statements.round == round_, _statements.attempt == attempt
+        )
+        said: dict[str, dict[str, pb.Signed]] = {}
+        for row in db.execute(query.order_by(_statements.silo)):
+            said.setdefault(row.message, {})[row.silo] = pb.Signed.FromString(row.signed)
+        return said
+
+    def _state(self, db: sa.Connection, row: sa.Row[Any], attempt: Attempt | None = None) -> RunState:
+        if attempt is None:
+            query = sa.select(schema.attempts).where(_attempts.run == row.id)
+            newest = db.execute(query.order_by(_attempts.round.desc(), _attempts.attempt.desc()).limit(1)).one_or_none()
+            attempt = Attempt.of(newest) if newest is not None else None
+        answers = self._said(db, row.id, 0, 0).get("answer", {})
+        said = self._said(db, *attempt.key) if attempt else {}
+        uploads: dict[str, Upload] = {}
+        if attempt is not None:
+            mine = sa.select(schema.uploads).where(*_is(_uploads, attempt.key))
+            uploads = {one.silo: Upload(**one._mapping) for one in db.execute(mine)}
+        joins = {silo: signed for silo, signed in answers.items() if signed.message == "join"}
+        approved = {silo.name: silo.roster_version for silo in self._silos(db)}
+        for silo, signed in joins.items():
+            approved[silo] = max(approved.get(silo, 0), pb.Join.FromString(signed.body).roster_version)
+        return RunState(
+            seq=self._head(db).head.seq,
+            id=row.id,
+            plan=_cached_plan(row.plan.encode()),
+            plan_text=row.plan.encode(),
+            ctx=row.ctx,
+            phase=row.phase,
+            reason=row.reason or "",
+            abort_requested=bool(row.abort_requested),
+            cap=row.cap or 0,
+            roster_version=row.roster_version,
+            submitted_by=row.submitted_by,
+            created_ms=row.created_ms,
+            started_ms=row.started_ms,
+            ended_ms=row.ended_ms,
+            deadline_ms=row.deadline_ms,
+            audit_seq=row.audit_seq,
+            rosters={one.version: self._roster(one) for one in self._roster_rows(db, row.roster_version - 1)},
+            revoked=frozenset(self._revoked(db)),
+            approved=approved,
+            joins=joins,
+            refusals={silo: signed for silo, signed in answers.items() if signed.message == "refusal"},
+            attempt=attempt,
+            headers=said.get("upload", {}),
+            uploads=uploads,
+            seals=said.get("seal", {}),
+            reports=said.get("model-report", {}),
+        )
+
+    # --- the life of a run -----------------------------------------------------------------------------------------------------
+
+    def submit(self, plan: Plan, submitted_by: str) -> str:
+        """Queue a run; its name is the plan's and a number. The caller has checked that enough silos are active."""
+        with self._write() as db:
+            roster = self._newest_roster(db)
+            if roster is None:
+                raise SettingsError(
+                    "there is no roster yet: `aggregator roster draft`, `wardround roster sign`, `aggregator roster publish`"
+                )
+            number = 1 + (db.execute(sa.select(sa.func.count()).where(_runs.id.like(f"{plan.name}-%"))).scalar() or 0)
+            while db.execute(sa.select(_runs.id).where(_runs.id == f"{plan.name}-{number}")).first():
+                number += 1
+            run, now = f"{plan.name}-{number}", self.now_ms()
+            db.execute(
+                sa.insert(schema.runs).values(
+                    id=run, plan=plan.canonical().decode(), plan_digest=plan.digest, ctx=run_ctx(self.federation, run, plan.digest),
+                    phase="pending", abort_requested=0, roster_version=roster.version, submitted_by=submitted_by, created_ms=now,
+                    deadline_ms=now + 1000 * plan.aggregation.deadline_s, audit_seq=0, projected=0,
+                )
+            )  # fmt: skip
+            self._record(db, "run-submitted", {"run": run, "plan": plan.digest.hex(), "by": submitted_by, "roster": roster.version})
+        return run
+
+    def request_abort(self, run: str, by: str) -> None:
+        """The driver ends it. Raises SettingsError when it has ended already."""
+        with self._write() as db:
+            row = self._run_row(db, run)
+            if row.phase in ENDED:
+                raise SettingsError(f"{run} has ended already ({row.phase}): there is nothing to abort")
+            if not row.abort_requested:
+                db.execute(sa.update(schema.runs).where(_runs.id == run).values(abort_requested=1))
+                self._record(db, "abort-requested", {"run": run, "by": by})
+
+    def start(self, run: str, cap: int, cohort: Iterable[str], seen: int) -> None:
+        with self._write(seen) as db:
+            now = self.now_ms()
+            db.execute(sa.update(schema.runs).where(_runs.id == run).values(phase="running", cap=cap, started_ms=now))
+            self._record(db, "run-started", {"run": run, "cap": cap, "joined": sorted(cohort)})
+
+    def end(self, run: str, phase: str, reason: str, seen: int) -> None:
+        """Completed, failed or aborted. Uploads that no sum will hold are given up; the next run's joining starts now."""
+        with self._write(seen) as db:
+            now = self.now_ms()
+            db.execute(sa.update(schema.runs).where(_runs.id == run).values(phase=phase, reason=reason or None, ended_ms=now))
+            db.execute(
+                sa.update(schema.attempts)
+                .where(_attempts.run == run, _attempts.phase.in_(("open", "sealed")))
+                .values(phase="abandoned", reason=f"the run was {phase}")
+            )
+            db.execute(sa.update(schema.uploads).where(_uploads.run == run).values(state="deleted"))
+            following = self._active_row(db)
+            if following is not None:
+                deadline = now + 1000 * _cached_plan(following.plan.encode()).aggregation.deadline_s
+                db.execute(sa.update(schema.runs).where(_runs.id == following.id).values(deadline_ms=deadline))
+            self._record(db, f"run-{phase}", {"run": run, "reason": reason})
+
+    # --- the life of an attempt ------------------------------------------------------------------------------------------------
+
+    def open_attempt(self, run: str, facts: pb.Round, seen: int, abandoned: str = "") -> None:
+        """The next round, or, with a reason why the newest attempt is `abandoned`, the next attempt of the same one."""
+        with self._write(seen) as db:
+            if abandoned:
+                before = (run, facts.round, facts.attempt - 1)
+                self._move(db, before, "abandoned", facts.deadline_unix_ms, reason=abandoned)
+                db.execute(sa.update(schema.uploads).where(*_is(_uploads, before)).values(state="deleted"))
+                self._record(db, "attempt-abandoned", _name(before) | {"reason": abandoned})
+            db.execute(
+                sa.insert(schema.attempts).values(
+                    run=run, round=facts.round, attempt=facts.attempt, phase="open", ctx=facts.ctx, facts=facts.SerializeToString(),
+                    cohort=json.dumps(list(facts.cohort)), deadline_ms=facts.deadline_unix_ms, opened_ms=self.now_ms(),
+                )
+            )  # fmt: skip
+            key = (run, facts.round, facts.attempt)
+            self._record(db, "attempt-opened", _name(key) | {"ctx": facts.ctx.hex(), "cohort": list(facts.cohort)})
+
+    def seal(self, attempt: Attempt, u3: Iterable[str], deadline_ms: int, seen: int) -> None:
+        with self._write(seen) as db:
+            names = sorted(u3)
+            self._move(db, attempt.key, "sealed", deadline_ms, u3=json.dumps(names), sealed_ms=self.now_ms())
+            self._record(db, "attempt-sealed", _name(attempt.key) | {"u3": names})
+
+    def folded(self, attempt: Attempt, digest: bytes, num_bytes: int) -> None:
+        """The sum is on disk. It depends on U3 alone, so whatever else was decided meanwhile does not matter. Raises Stale."""
+        with self._write() as db:
+            changed = db.execute(
+                sa.update(schema.attempts)
+                .where(*_is(_attempts, attempt.key), _attempts.phase == "sealed")
+                .values(sum_digest=digest, sum_bytes=num_bytes, folded_ms=self.now_ms())
+            )
+            if changed.rowcount != 1:
+                raise Stale
+            self._record(db, "attempt-folded", _name(attempt.key) | {"sum": digest.hex()})
+
+    def publish(self, attempt: Attempt, deadline_ms: int, seen: int) -> None:
+        """From here on the round has its sum, and its uploads are given up."""
+        with self._write(seen) as db:
+            self._move(db, attempt.key, "evaluating", deadline_ms, published_ms=self.now_ms())
+            db.execute(sa.update(schema.uploads).where(*_is(_uploads, attempt.key)).values(state="deleted"))
+            self._record(db, "sum-published", _name(attempt.key) | {"sum": (attempt.sum_digest or b"").hex()})
+
+    def complete(self, attempt: Attempt, model_mac: bytes, reported: Iterable[str], seen: int) -> None:
+        with self._write(seen) as db:
+            self._move(db, attempt.key, "completed", attempt.deadline_ms, completed_ms=self.now_ms())
+            self._record(db, "round-completed", _name(attempt.key) | {"model": model_mac.hex(), "reported": sorted(reported)})
+
+    def _move(self, db: sa.Connection, key: tuple[str, int, int], phase: str, deadline_ms: int, **values: Any) -> None:
+        db.execute(sa.update(schema.attempts).where(*_is(_attempts, key)).values(phase=phase, deadline_ms=deadline_ms, **values))
+
+    # --- what silos say --------------------------------------------------------------------------------------------------------
+
+    def said(self, signed: pb.Signed, key: tuple[str, int, int], facts: Mapping[str, Any], seen: int) -> bytes:
+        """Keep a checked statement; its digest. The same bytes twice are one statement; other bytes raise ConflictError."""
+        with self._write(seen) as db:
+            return self._keep(db, signed, key, facts)
+
+    def begin_upload(self, signed: pb.Signed, key: tuple[str, int, int], header: pb.UploadHeader, seen: int) -> Upload:
+        """Accept a header. The same content again is the same upload, other content raises ConflictError."""
+        with self._write(seen) as db:
+            row = db.execute(sa.select(schema.uploads).where(*_is(_uploads, key), _uploads.silo == signed.silo)).one_or_none()
+            if row is None:
+                self._keep(db, signed, key, {"content": header.content_digest.hex()})
+                upload = Upload(
+                    *key, signed.silo, header.content_digest, header.content_bytes, header.declared_patients, "receiving",
+                    self.now_ms(), None,
+                )  # fmt: skip
+                db.execute(sa.insert(schema.uploads).values(**vars(upload)))
+                return upload
+            if row.content_digest != header.content_digest:
+                raise conflict("upload", signed.silo)
+            return Upload(**row._mapping)
+
+    def upload_durable(self, upload: Upload) -> None:
+        """Verified whole and on disk. Raises MessageError when its attempt takes no uploads any more."""
+        key = (upload.run, upload.round, upload.attempt)
+        with self._write() as db:
+            phase = db.execute(sa.select(_attempts.phase).where(*_is(_attempts, key))).scalar_one()
+            if phase != "open":
+                raise MessageError(f"round {upload.round}, attempt {upload.attempt} takes no uploads any more: it is {phase}")
+            db.execute(
+                sa.update(schema.uploads)
+                .where(*_is(_uploads, key), _uploads.silo == upload.silo)
+                .values(state="durable", finished_ms=self.now_ms())
+            )
+            self._record(db, "upload-accepted", _name(key) | {"silo": upload.silo, "content": upload.content_digest.hex()})
+
+    def _keep(self, db: sa.Connection, signed: pb.Signed, key: tuple[str, int, int], facts: Mapping[str, Any]) -> bytes:
+        digest = statement_digest(signed)
+        kind = "answer" if signed.message in ("join", "refusal") else signed.message
+        query = sa.select(_statements.digest).where(
+            *_is(_statements, key), _statements.silo == signed.silo, _statements.message == kind
+        )
+        known = db.execute(query).scalar_one_or_none()
+        if known is not None:
+            if known != digest:
+                raise conflict(signed.message, signed.silo)
+            return digest
+        run, round_, attempt = key
+        db.execute(
+            sa.insert(schema.statements).values(
+                digest=digest, run=run, round=round_, attempt=attempt, silo=signed.silo, message=kind,
+                signed=signed.SerializeToString(deterministic=True), received_ms=self.now_ms(),
+            )
+        )  # fmt: skip
+        self._record(db, f"{signed.message}-received", _name(key) | {"silo": signed.silo, "statement": digest.hex()} | dict(facts))
+        return digest
+
+
+def _is(columns: Any, key: tuple[str, int, int]) -> tuple[Any, Any, Any]:
+    return (columns.run == key[0], columns.round == key[1], columns.attempt == key[2])
+
+
+def _name(key: tuple[str, int, int]) -> dict[str, Any]:
+    """An attempt, or with round 0 a run, as audit bodies write it."""
+    return {"run": key[0]} | ({"round": key[1], "attempt": key[2]} if key[1] else {})
+
+
+def on_fresh_state(decide: Callable[[], Result]) -> Result:
+    """`decide` reads, checks and writes with `seen`; it is simply asked again when something else was decided meanwhile."""
+    for _ in range(MAX_TRIES):
+        try:
+            return decide()
+        except Stale:
+            continue
+    raise ConflictError(f"the store moved on {MAX_TRIES} times in a row: send this again")

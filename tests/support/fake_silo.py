@@ -1,0 +1,245 @@
+"""A silo as the aggregator sees one: real TLS, real signatures, tiny chunks, no training. It obeys by default and lies on request.
+
+The model of round r is a digest of the model before and the sum: whoever applied other bytes reports another model.
+"""
+
+import hashlib
+from base64 import urlsafe_b64decode
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import numpy as np
+import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from wardround import PROTOCOL, VERSION, tls
+from wardround.chunks import CLEAR_CHUNK_BYTES, COEFFICIENTS, FIELD_BITS, MAX_PIECE_BYTES, ControlMap, clear_bytes, num_chunks
+from wardround.keyfiles import split_pem
+from wardround.layout import layout_of
+from wardround.messages import cohort_digest, enroll_bytes, round_ctx, run_ctx, sign
+from wardround.pb import federation_pb2 as pb
+from wardround.pb import federation_pb2_grpc
+from wardround.plan import Plan, parse_plan
+
+INITIAL_MAC = hashlib.sha256(b"initial model").digest()
+INITIAL_BOUNDS = hashlib.sha256(b"initial bounds").digest()
+TIMEOUT_S = 30.0
+
+
+def dial(target: str, roots: bytes, key: bytes, certificate: bytes) -> tuple[grpc.Channel, Any]:
+    credentials = grpc.ssl_channel_credentials(roots, key, certificate)
+    options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+    channel = grpc.secure_channel(target, credentials, options)
+    return channel, federation_pb2_grpc.FederationStub(channel)
+
+
+def upload_bytes(plan: Plan, round_: int, silo_number: int, declared: int) -> bytes:
+    """Every field of silo n holds n; the control chunk counts 1 and the declared patients."""
+    layout = layout_of(plan) if round_ <= plan.rounds else None
+    coefficients = np.zeros((num_chunks(layout), COEFFICIENTS), dtype="<u8")
+    coefficients[0, ControlMap.COUNT], coefficients[0, ControlMap.DECLARED] = 1, declared
+    coefficients[1:] = silo_number | silo_number << FIELD_BITS
+    return coefficients.tobytes()
+
+
+@dataclass
+class FakeSilo:
+    """One hospital. `joins`, `uploads`, `seals`, `reports` False: it stays silent there."""
+
+    name: str
+    number: int
+    target: str
+    enrolment: dict[str, Any]
+    identity: Ed25519PrivateKey
+    declared: int = 20
+    joins: bool = True
+    uploads: bool = True
+    seals: bool = True
+    reports: bool = True
+    initial_mac: bytes = INITIAL_MAC
+    lie_about_model: bool = False
+    model_round: int = 0
+    mac: bytes = INITIAL_MAC
+    bounds: bytes = INITIAL_BOUNDS
+    run: str = ""
+    roster_version: int = 0
+    seen: bytes = b""
+    did: list[str] = field(default_factory=list)
+    heads: list[pb.AuditHead] = field(default_factory=list)
+    closed: str = ""
+    _done: set[Any] = field(default_factory=set)
+
+    @classmethod
+    def enrolled(cls, name: str, number: int, port: int, enrolment: bytes) -> "FakeSilo":
+        """Uses the token, then dials with its own certificate."""
+        silo = cls(
+            name, number, f"localhost:{port}", yaml.safe_load(enrolment), Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)
+        )
+        silo.mac = silo.initial_mac
+        silo.enroll()
+        return silo
+
+    @property
+    def federation(self) -> str:
+        return str(self.enrolment["federation"])
+
+    def enroll(self) -> pb.Certificate:
+        key, certificate = split_pem(urlsafe_b64decode(self.enrolment["token"]))
+        channel, stub = dial(self.target, self.enrolment["ca"].encode(), key, certificate)
+        try:
+            self.leaf_key = tls.new_leaf_key()
+            answer: pb.Certificate = stub.Enroll(self.enroll_request(), timeout=TIMEOUT_S)
+        finally:
+            channel.close()
+        self.certificate, self.audit_key = answer.certificate_pem, answer.audit_key
+        self.connect(answer.certificate_pem, self.leaf_key)
+        return answer
+
+    def enroll_request(self) -> pb.EnrollRequest:
+        csr, identity, sealing = (
+            tls.csr(self.leaf_key, self.name),
+            self.identity.public_key().public_bytes_raw(),
+            bytes([self.number]) * 32,
+        )
+        signature = self.identity.sign(enroll_bytes(self.federation, self.name, csr, identity, sealing))
+        return pb.EnrollRequest(csr_pem=csr, identity=identity, sealing=sealing, signature=signature, software_version=VERSION)
+
+    def connect(self, certificate: bytes, key: bytes) -> None:
+        self.channel, self.stub = dial(self.target, self.enrolment["ca"].encode(), key, certificate)
+
+    def close(self) -> None:
+        self.channel.close()
+
+    # --- what it says ----------------------------------------------------------------------------------------------------------
+
+    def poll(self, wait: bool = False) -> pb.Offer:
+        request = pb.PollRequest(
+            protocol_min=1, protocol_max=PROTOCOL, software_version=VERSION, seen=self.seen if wait else b"", activity="idle",
+            roster_version=self.roster_version, run=self.run, model_round=self.model_round,
+        )  # fmt: skip
+        offer: pb.Offer = self.stub.Poll(request, timeout=TIMEOUT_S)
+        self.seen = offer.etag
+        self.heads.append(offer.head)
+        return offer
+
+    def post(self, signed: pb.Signed) -> pb.Receipt:
+        receipt: pb.Receipt = self.stub.Post(signed, timeout=TIMEOUT_S)
+        return receipt
+
+    def sign(self, message: str, ctx: bytes, body: Any) -> pb.Signed:
+        return sign(message, ctx, body, self.name, self.identity)
+
+    def join(self, offer: pb.Offer, **changes: Any) -> pb.Signed:
+        plan = parse_plan(offer.plan)
+        facts = {
+            "run": offer.run, "plan_digest": plan.digest, "protocol_min": 1, "protocol_max": PROTOCOL, "software_version": VERSION,
+            "declared_patients": self.declared, "layout_digest": layout_of(plan).digest, "initial_model_mac": self.initial_mac,
+            "bounds_digest": INITIAL_BOUNDS, "roster_version": self.roster_version, "dataset_digest": bytes(32),
+            "per_silo_metrics": True, "notes": ["patients are simulated"],
+        }  # fmt: skip
+        return self.sign("join", run_ctx(self.federation, offer.run, plan.digest), pb.Join(**facts | changes))
+
+    def content(self, offer: pb.Offer) -> bytes:
+        return upload_bytes(parse_plan(offer.plan), offer.facts.round, self.number, self.declared)
+
+    def header(self, offer: pb.Offer, content: bytes, **changes: Any) -> pb.Signed:
+        plan = parse_plan(offer.plan)
+        layout = layout_of(plan) if offer.facts.round <= plan.rounds else None
+        facts = {
+            "run": offer.run, "round": offer.facts.round, "attempt": offer.facts.attempt, "silo": self.name,
+            "content_digest": hashlib.sha256(content).digest(), "num_chunks": num_chunks(layout), "content_bytes": clear_bytes(layout),
+            "declared_patients": self.declared, "cap": offer.facts.cap,
+        }  # fmt: skip
+        return self.sign("upload", self.ctx(offer), pb.UploadHeader(**facts | changes))
+
+    def ctx(self, offer: pb.Offer) -> bytes:
+        """Its own, from its own state: an aggregator that offers another is not believed."""
+        facts = pb.Round.FromString(offer.facts.SerializeToString())
+        facts.previous_model_mac, facts.bounds_digest = self.mac, self.bounds
+        ctx = round_ctx(facts, offer.run)
+        assert ctx == offer.facts.ctx, f"{self.name}: the aggregator's ctx of round {facts.round} is not mine"
+        return ctx
+
+    def upload(self, header: pb.Signed, content: bytes, piece_bytes: int = MAX_PIECE_BYTES) -> pb.Receipt:
+        status = self.stub.BeginUpload(header, timeout=TIMEOUT_S)
+        digest = pb.UploadHeader.FromString(header.body).content_digest
+        while not status.HasField("receipt") and status.durable_bytes < len(content):
+            start = status.durable_bytes
+            piece = pb.Piece(digest=digest, offset=start, data=content[start : start + piece_bytes])
+            status = self.stub.PutChunks(piece, timeout=TIMEOUT_S)
+        if status.HasField("receipt"):
+            return status.receipt
+        return self.finish(header.ctx, digest)
+
+    def finish(self, ctx: bytes, digest: bytes) -> pb.Receipt:
+        receipt: pb.Receipt = self.stub.FinishUpload(pb.UploadTrailer(ctx=ctx, content_digest=digest), timeout=TIMEOUT_S)
+        return receipt
+
+    def seal(self, offer: pb.Offer) -> pb.Signed:
+        u3 = {signed.silo: pb.UploadHeader.FromString(signed.body).content_digest for signed in offer.uploads}
+        body = pb.Seal(
+            cohort_digest=cohort_digest(self.ctx(offer), offer.facts.cohort), u2=list(offer.facts.cohort), u3=sorted(u3),
+            content_digests=[u3[silo] for silo in sorted(u3)],
+        )  # fmt: skip
+        return self.sign("seal", self.ctx(offer), body)
+
+    def fetch(self, total: pb.Sum) -> bytes:
+        data = b""
+        while len(data) < total.num_bytes:
+            data += self.stub.Get(
+                pb.GetRequest(digest=total.digest, offset=len(data), length=MAX_PIECE_BYTES), timeout=TIMEOUT_S
+            ).data
+        assert hashlib.sha256(data).digest() == total.digest
+        return data
+
+    def apply(self, total: pb.Sum) -> None:
+        data = self.fetch(total)
+        count = np.frombuffer(data[:CLEAR_CHUNK_BYTES], dtype="<u8")[ControlMap.COUNT]
+        assert count == len(total.uploads)
+        self.report_ctx, self.sum_digest, self.applied = total.facts.ctx, total.digest, data
+        self.mac = hashlib.sha256(self.mac + total.digest).digest()
+        self.bounds = hashlib.sha256(self.bounds + total.digest).digest()
+        self.model_round = total.facts.round
+
+    def report(self, **changes: Any) -> pb.Signed:
+        facts = {
+            "round": self.model_round, "model_mac": bytes(32) if self.lie_about_model else self.mac, "bounds_digest": self.bounds,
+            "sum_digest": self.sum_digest, "means": {"dice": 0.5}, "means_of_round": self.model_round - 1, "own": {"dice": 0.4},
+            "seconds": {"train": 1.0},
+        }  # fmt: skip
+        return self.sign("model-report", self.report_ctx, pb.ModelReport(**facts | changes))
+
+    # --- what it does ----------------------------------------------------------------------------------------------------------
+
+    def step(self, wait: bool = False) -> pb.Offer:
+        """Poll once and do what the offer asks, each thing once."""
+        offer = self.poll(wait)
+        if offer.unchanged:
+            return offer
+        self.roster_version = offer.roster_version
+        if offer.run and offer.run != self.run and offer.phase == pb.INVITED:
+            self.run, self.model_round, self.mac, self.bounds = offer.run, 0, self.initial_mac, INITIAL_BOUNDS
+        key = (offer.run, offer.facts.round, offer.facts.attempt)
+        if offer.phase == pb.INVITED and self.joins:
+            self._once(("join", offer.run), lambda: self.post(self.join(offer)))
+        for total in offer.sums:
+            if total.facts.round == self.model_round + 1:
+                self.apply(total)
+                if self.reports:
+                    self._once(("report", offer.run, self.model_round), lambda: self.post(self.report()))
+        if offer.phase == pb.OPEN and self.uploads and self.name in offer.facts.cohort:
+            content = self.content(offer)
+            self._once(("upload", key), lambda: self.upload(self.header(offer, content), content))
+        if offer.phase == pb.SEALED and self.seals and self.name in [signed.silo for signed in offer.uploads]:
+            self._once(("seal", key), lambda: self.post(self.seal(offer)))
+        if offer.phase in (pb.COMPLETED, pb.FAILED, pb.ABORTED):
+            self.closed = pb.Phase.Name(offer.phase)
+        return offer
+
+    def _once(self, key: Any, act: Callable[[], Any]) -> None:
+        if key not in self._done:
+            act()
+            self._done.add(key)
+            self.did.append(key[0])
