@@ -147,6 +147,20 @@ def test_certificates_of_our_own_authority_that_name_nobody(pki, server, sans):
     assert refused(server, pki.roots_pem, tls.certificate_pem(certificate), key_pem) is grpc.StatusCode.PERMISSION_DENIED
 
 
+def test_each_certificate_has_one_use(pki):
+    # A silo's certificate names no host, so no client takes it for a server's; this is the second lock.
+    issued = {
+        "silo": leaf_of(pki)[0],
+        "enroll": pki.issue_bootstrap("leuven")[0],
+        "aggregator": pki.server_credentials[1],
+    }
+    uses = {}
+    for role, pem in issued.items():
+        uses[role] = list(tls.load_certificate(pem).extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+    client, server = x509.ExtendedKeyUsageOID.CLIENT_AUTH, x509.ExtendedKeyUsageOID.SERVER_AUTH
+    assert uses == {"silo": [client], "enroll": [client], "aggregator": [server]}
+
+
 # --- what it issues -----------------------------------------------------------------------------------------------------------
 
 
