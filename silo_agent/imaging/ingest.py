@@ -6,23 +6,25 @@ One bad file or series is counted under a Reason and left out; it never ends the
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from silo_agent.imaging.deidentify import pseudonym, split_of, study_key
 from silo_agent.imaging.labels import load_labels
 from silo_agent.imaging.study import Index, index, quiet
-from silo_agent.imaging.transforms import build, prepare
 from silo_agent.imaging.volume import Volume, load_volume
 from silo_agent.reasons import Quarantined, Reason
 from silo_agent.snapshot import SnapshotWriter, Split
 from silo_agent.work import IngestResult, IngestWork
 from wardround.errors import DataError
 from wardround.plan import Plan
+
+if TYPE_CHECKING:
+    from silo_agent.imaging.transforms import Preparation
 
 SPLIT_KEY_BYTES = 32
 
@@ -57,12 +59,12 @@ def handle(work: IngestWork) -> IngestResult:
     if len(work.split_key) != SPLIT_KEY_BYTES:
         raise DataError(f"a split key has {SPLIT_KEY_BYTES} bytes: this one has {len(work.split_key)}")
     classes = _classes(work)
-    transforms = build(work.plan.data.transforms) if work.plan else []
+    prepare = _preparation(work.plan) if work.plan else None
     found = index(work.source)
     tally = Tally(found.quarantined)
     digest = ""
-    if work.plan:
-        digest = _write(work, work.plan, found, transforms, tally)
+    if work.plan and prepare:
+        digest = _write(work, work.plan, found, prepare, tally)
     else:
         for study in _studies(work, found, classes, tally):
             _count(work, study, study.labels, classes, tally)
@@ -90,14 +92,18 @@ def _classes(work: IngestWork) -> tuple[str, ...]:
     return work.plan.classes
 
 
-def _write(
-    work: IngestWork, plan: Plan, found: Index, transforms: list[Callable[[torch.Tensor], torch.Tensor]], tally: Tally
-) -> str:
+def _preparation(plan: Plan) -> "Preparation":
+    from silo_agent.imaging.transforms import preparation  # MONAI takes 10 s to import, and a check does without
+
+    return preparation(plan.data)
+
+
+def _write(work: IngestWork, plan: Plan, found: Index, prepare: "Preparation", tally: Tally) -> str:
     """The digest of the snapshot of every usable study."""
     with SnapshotWriter(work.snapshots) as writer:
         for study in _studies(work, found, plan.classes, tally):
             try:
-                image, label = prepare(study.volume, study.labels, plan.data, transforms)
+                image, label = prepare(study.volume, study.labels)
             except Quarantined as problem:
                 tally.quarantined[problem.reason] += 1
                 continue
@@ -162,3 +168,7 @@ def main() -> None:
     from silo_agent.desk_client import serve
 
     serve("ingest", handle)  # type: ignore[arg-type]  # the desk gives each program its own kind of work
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """What a volume goes through before training, as the plan says: orientation, spacing, then MONAI transforms by name."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -16,6 +17,7 @@ from silo_agent.reasons import Quarantined, Reason
 from wardround.errors import PlanError
 from wardround.plan import Data, Transform
 
+Preparation = Callable[[Volume, NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np.uint8]]]
 # The door for names and arguments off the wire: what is not here is not reachable.
 ALLOWED: dict[str, tuple[Callable[..., Any], frozenset[str]]] = {
     "NormalizeIntensity": (NormalizeIntensity, frozenset({"subtrahend", "divisor", "nonzero"})),
@@ -38,6 +40,11 @@ def build(transforms: Sequence[Transform]) -> list[Callable[[torch.Tensor], torc
         except (TypeError, ValueError):
             raise PlanError(f"{where}: the arguments do not fit; it takes {', '.join(sorted(arguments))}") from None
     return built
+
+
+def preparation(data: Data) -> Preparation:
+    """`prepare` for a plan's data, with its transforms built. PlanError: see `build`."""
+    return partial(prepare, data=data, transforms=build(data.transforms))
 
 
 def prepare(
