@@ -61,8 +61,7 @@ class Blobs:
                     raise MessageError(f"the next piece begins at {durable}, this one at {offset}: ask BeginUpload where to go on")
                 fresh = data[durable - offset :]
                 if fresh:
-                    _write_all(descriptor, fresh, durable)
-                    os.fsync(descriptor)
+                    _write_durably(descriptor, fresh, durable)
                 if made:
                     self._sync_folder()
                 return durable + len(fresh)
@@ -145,13 +144,14 @@ def file_digest(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _write_all(descriptor: int, data: bytes, offset: int) -> None:
-    """Write at `offset`; when the disk fills half way, the file ends where it ended before."""
+def _write_durably(descriptor: int, data: bytes, offset: int) -> None:
+    """Write at `offset` and wait for the disk; when that fails, the file ends where it ended before."""
     try:
         os.lseek(descriptor, offset, os.SEEK_SET)
         view = memoryview(data)
         while view:
             view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
     except OSError:
         os.ftruncate(descriptor, offset)
         raise

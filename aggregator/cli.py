@@ -16,7 +16,7 @@ from rich.table import Table
 
 from aggregator.config import Settings, load_settings
 from aggregator.driver import situation
-from aggregator.server import Opened, serve
+from aggregator.folder import Opened
 from aggregator.store import ENDED, RunState, Store
 from aggregator.telemetry import configure
 from wardround.chunks import MAX_SILOS
@@ -70,6 +70,8 @@ def serve_command(context: typer.Context) -> None:
 
     Makes the data folder, the database and the certificates where they are missing. Killed at any moment, it goes on where it was.
     """
+    from aggregator.server import serve  # takes a second to import, which no other command needs
+
     settings = _settings(context)
     configure(settings.log)
     serve(settings)

@@ -11,10 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic.config import Config
-from alembic.runtime.environment import EnvironmentContext
-from alembic.script import ScriptDirectory
-from alembic.util.exc import CommandError
 from sqlalchemy.exc import DBAPIError
 
 from aggregator import schema
@@ -66,6 +62,17 @@ class Database:
             raise _storage_error(error) from None
 
     def _migrate(self) -> None:
+        with self.read() as connection:
+            if sa.inspect(connection).has_table("alembic_version"):
+                version = sa.table("alembic_version", sa.column("version_num"))
+                if connection.execute(sa.select(version.c.version_num)).scalar() == schema.REVISION:
+                    return
+        # Half a second to import, which only a new or an old database needs.
+        from alembic.config import Config
+        from alembic.runtime.environment import EnvironmentContext
+        from alembic.script import ScriptDirectory
+        from alembic.util.exc import CommandError
+
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS))
         config.set_main_option("version_locations", str(MIGRATIONS))

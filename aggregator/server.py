@@ -11,7 +11,6 @@ import socket
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -22,15 +21,14 @@ from prometheus_client import make_wsgi_app
 
 from aggregator.blobs import Blobs
 from aggregator.config import Settings
-from aggregator.database import Database
 from aggregator.driver import Bell, Driver
+from aggregator.folder import Opened
 from aggregator.interceptors import Gatekeeper
 from aggregator.pki import Pki
 from aggregator.services.enrolment import Enrolment
 from aggregator.services.federation import Federation
 from aggregator.services.statements import Statements
 from aggregator.services.transfers import Transfers
-from aggregator.store import Store
 from aggregator.telemetry import log
 from aggregator.views import Projection
 from wardround import VERSION
@@ -56,28 +54,6 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_connection_age_ms", 30 * 60_000),
     ("grpc.max_connection_age_grace_ms", 60_000),
 ]
-
-
-@dataclass
-class Opened:
-    """A data folder in use by this process."""
-
-    settings: Settings
-    pki: Pki
-    database: Database
-    store: Store
-
-    @classmethod
-    def of(cls, settings: Settings) -> "Opened":
-        """Raises SettingsError or StorageError: one sentence each."""
-        operator_key = settings.operator_public_key()
-        try:
-            settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"the data folder cannot be used: {error.strerror}; check its owner and mode") from None
-        pki = Pki.open(settings.data / "pki", settings.federation, settings.certificate_names)
-        database = Database.open(settings.data)
-        return cls(settings, pki, database, Store(database, settings.federation, operator_key, pki.audit_key))
 
 
 class Server:

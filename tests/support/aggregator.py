@@ -1,4 +1,4 @@
-"""A whole aggregator inside the test's process: its own event loop in a thread, real gRPC over real TLS on a port of the kernel's."""
+"""A whole aggregator inside the test's process: its own event loop in a thread, real gRPC over real TLS, a port of the kernel's."""
 
 import asyncio
 import threading
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from aggregator.config import Settings
-from aggregator.server import Opened, Server
+from aggregator.folder import Opened
+from aggregator.server import Server
 from aggregator.store import Store
 from tests.support.fake_silo import FakeSilo
 from tests.support.identities import OPERATOR, OPERATOR_PUBLIC

@@ -149,7 +149,8 @@ class FakeSilo:
         layout = layout_of(plan) if offer.facts.round <= plan.rounds else None
         facts = {
             "run": offer.run, "round": offer.facts.round, "attempt": offer.facts.attempt, "silo": self.name,
-            "content_digest": hashlib.sha256(content).digest(), "num_chunks": num_chunks(layout), "content_bytes": clear_bytes(layout),
+            "content_digest": hashlib.sha256(content).digest(), "num_chunks": num_chunks(layout),
+            "content_bytes": clear_bytes(layout),
             "declared_patients": self.declared, "cap": offer.facts.cap,
         }  # fmt: skip
         return self.sign("upload", self.ctx(offer), pb.UploadHeader(**facts | changes))
