@@ -21,7 +21,7 @@ import structlog
 
 from aggregator.round import RunPhase
 from wardround.canonical import canonical_json, digest_name
-from wardround.errors import Disconnected, StorageError
+from wardround.errors import Disconnected, StorageError, WardroundError
 from wardround.plan import Plan
 
 if TYPE_CHECKING:
@@ -252,8 +252,12 @@ def _measured(prefix: str, plan: Plan, values: Mapping[str, float], step: int, c
 
 
 def _find_or_create(client: "MlflowClient", experiment: str, identity: dict[str, str], view: RunView, name: str) -> str:
-    """The id of the MLflow run that carries the tags `identity`; they are set in the same transaction that makes it."""
-    condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+    """The id of the MLflow run that carries the tags `identity`; they are set in the same transaction that makes it.
+
+    The time of submission belongs to the identity: a new store counts its runs from 1 again, and MLflow may outlive the old one.
+    """
+    named = [f"tags.`{key}` = '{value}'" for key, value in identity.items()]
+    condition = " and ".join([*named, f"attributes.start_time = {view.created_ms}"])
     if found := client.search_runs([experiment], condition, max_results=1):
         return str(found[0].info.run_id)
     tags = identity | {"mlflow.user": view.submitted_by}
@@ -290,19 +294,35 @@ def follow(source: Source, tracking_uri: str, stop: threading.Event) -> None:
     known: dict[str, RunView] = {}
     down, pause = "", 0.0
     while not stop.wait(pause):
-        try:
-            for view in source.unprojected():
+        trouble = catch_up(source, client, known)
+        if trouble is None:
+            if down:
+                log.info("lineage.up")
+            down, pause = "", POLL_S
+        else:
+            if trouble.code != down:
+                log.warning("lineage.down", code=trouble.code, reason=str(trouble))
+            down, pause = trouble.code, min(MAX_PAUSE_S, 2 * pause or POLL_S)
+
+
+def catch_up(source: Source, client: "MlflowClient", known: dict[str, RunView]) -> WardroundError | None:
+    """Project every run that differs from `known`, which is kept up to date. What stands in the way is returned, for later.
+
+    A run that MLflow refuses does not hold up the runs after it.
+    """
+    refused = None
+    try:
+        for view in source.unprojected():
+            try:
                 if known.get(view.run_id) != view:
                     project(view, client, known.get(view.run_id))
-                    known[view.run_id] = view
-                if view.ended_ms is not None:
-                    source.projected(view.run_id)
-                    del known[view.run_id]
-        except (Disconnected, StorageError) as e:
-            if e.code != down:
-                log.warning("lineage.down", code=e.code, reason=str(e))
-            down, pause = e.code, min(MAX_PAUSE_S, 2 * pause or POLL_S)
-            continue
-        if down:
-            log.info("lineage.up")
-        down, pause = "", POLL_S
+            except StorageError as e:
+                refused = e
+                continue
+            known[view.run_id] = view
+            if view.ended_ms is not None:
+                source.projected(view.run_id)
+                del known[view.run_id]
+    except (Disconnected, StorageError) as e:
+        return e
+    return refused

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wardround.errors import StorageError
 
-START_S = 120  # on a busy machine the server needs most of a minute
+START_S = 240  # two processes that import MLflow: seconds on an idle machine, minutes on a crowded one
 STOP_S = 10
 
 

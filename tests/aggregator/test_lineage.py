@@ -20,7 +20,7 @@ import structlog
 from mlflow import MlflowClient
 
 from aggregator import lineage
-from aggregator.lineage import DatasetView, RoundView, RunView, connect, follow, note_of, points_of, project
+from aggregator.lineage import DatasetView, RoundView, RunView, catch_up, connect, follow, note_of, points_of, project
 from aggregator.round import RunPhase
 from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
 from tests.support.plans import tiny
@@ -333,6 +333,25 @@ def test_mlflow_that_refuses_is_a_storage_error(client: MlflowClient) -> None:
     with pytest.raises(StorageError, match="MLflow refuses run tiny-1") as caught:
         project(run_view("changed", plan=tiny(rounds=3)), client)  # a param never changes, for a plan never does
     assert caught.value.retryable
+
+
+def test_a_run_that_mlflow_refuses_does_not_hold_up_the_next(client: MlflowClient, seen: Seen) -> None:
+    project(run_view("refused"), client)
+    views = [run_view("refused", plan=tiny(rounds=3)), run_view("free", run_id="tiny-2")]
+    store = Store(views[1])
+    store.unprojected = lambda: views  # type: ignore[method-assign]
+    known: dict[str, RunView] = {}
+    assert isinstance(catch_up(store, client, known), StorageError)
+    assert store.done.is_set() and not known
+    assert seen("free")["runs"] == ["tiny-2", "tiny-2@leuven"]
+
+
+def test_a_new_store_that_counts_from_one_again_gets_runs_of_its_own(client: MlflowClient) -> None:
+    project(run_view("again"), client)
+    project(run_view("again", created_ms=1_800_000_000_000, plan=tiny(rounds=3)), client)
+    experiment = client.get_experiment_by_name("again/tiny")
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id])) == 4  # each with leuven's own
 
 
 def test_a_host_that_the_server_does_not_allow_is_named(client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
