@@ -37,7 +37,7 @@ def serve(program: str, handler: Callable[[Work], Result], arguments: list[str] 
             work_id, facts, data, _ = collect(stub.Take(hello, timeout=CALL_TIMEOUT_S))
             heard = time.monotonic()
             if work_id:
-                stub.Deliver(_handled(program, handler, work_id, facts, data), timeout=CALL_TIMEOUT_S)
+                stub.Deliver(iter(_handled(program, handler, work_id, facts, data)), timeout=CALL_TIMEOUT_S)
         except grpc.RpcError:
             time.sleep(REDIAL_S)
         except MessageError:
