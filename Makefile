@@ -1,11 +1,13 @@
 # Two commands are enough: make demo, make test. Both set up everything first (scripts/setup), which takes no time when nothing changed.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-result demo-clean test check lint lock
+SEED ?= 1
+.PHONY: help setup demo mlflow demo-result demo-clean test check lint lock
 
 help:
 	@echo "Wardround: train one medical imaging model across hospitals; the data stays, the model goes round."
 	@echo
 	@echo "  make demo         three hospitals, an aggregator and MLflow on this machine; ends with one table"
+	@echo "  make mlflow       open MLflow over the newest demo: rounds, curves, lineage"
 	@echo "  make demo-result  result.json of the newest demo; with -s nothing else is printed, for programs"
 	@echo "  make demo-clean   remove the demo's folder: hospitals, keys, runs"
 	@echo "  make test         everything that must hold: lint, then every test, whole federations too"
@@ -19,7 +21,10 @@ setup:
 	@scripts/setup
 
 demo: setup
-	@.venv/bin/python -m sandbox
+	@.venv/bin/python -m sandbox --seed $(SEED)
+
+mlflow: setup
+	@.venv/bin/python -m sandbox mlflow
 
 demo-result:
 	@cat demo/result.json 2>/dev/null || { echo "no result yet: run make demo first" >&2; exit 1; }

@@ -222,6 +222,7 @@ def _details(store: Store, name: str) -> dict[str, Any]:
         "refused": [f"{silo}: {refusal.reason}" for silo, refusal in refusals.items()],
         "given_up": [f"round {one.round}, attempt {one.attempt}: {one.reason}" for one in store.abandoned(name)],
         "completed": rounds,
+        "in_mlflow": name not in store.unprojected(),
         "notes": _notes(state),
     }
 
