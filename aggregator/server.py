@@ -67,6 +67,7 @@ class Server:
         # The folder's lock makes this program the only one on it, so it may take its own lease again after a kill.
         self.driver = Driver(opened.store, blobs, self._bell, holder=socket.gethostname())
         store = opened.store
+        self.gatekeeper = Gatekeeper(store)
         self._federation = Federation(store, Enrolment(store, opened.pki), Statements(store), Transfers(store, blobs), self._bell)
         self._stop_threads = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -81,7 +82,7 @@ class Server:
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(WORKERS, thread_name_prefix="call"))
         settings = self._opened.settings
-        self._grpc = aio.server(interceptors=[Gatekeeper(self._opened.store)], options=OPTIONS)
+        self._grpc = aio.server(interceptors=[self.gatekeeper], options=OPTIONS)
         federation_pb2_grpc.add_FederationServicer_to_server(self._federation, self._grpc)  # type: ignore[no-untyped-call]
         address = f"{settings.listen}:{settings.listen_port}"
         try:

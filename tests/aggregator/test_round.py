@@ -37,7 +37,9 @@ LEGAL = {
     Action.PUBLISH: lambda f: f.phase is Phase.SEALED and f.folded and len(f.sealed) >= f.min_silos and f.u3 <= f.active,
     Action.COMPLETE_ROUND: lambda f: f.phase is Phase.EVALUATING and len(set(f.reports.values())) == 1,
     Action.FINISH: lambda f: f.phase is Phase.COMPLETED and f.round == f.rounds + 1,
-    Action.FAIL: lambda f: len(set(f.joined.values())) > 1 or len(set(f.reports.values())) > 1 or len(f.refused) > 1,
+    Action.FAIL: lambda f: (
+        len(set(f.joined.values())) > 1 or len(set(f.reports.values())) > 1 or len(f.active - f.refused) < f.min_silos
+    ),
     Action.ABORT: lambda f: f.abort_requested,
 }
 

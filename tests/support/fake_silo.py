@@ -240,7 +240,13 @@ class FakeSilo:
         return offer
 
     def _once(self, key: Any, act: Callable[[], Any]) -> None:
-        if key not in self._done:
+        if key in self._done:
+            return
+        try:
             act()
-            self._done.add(key)
-            self.did.append(key[0])
+        except grpc.RpcError as error:
+            if "takes no" not in error.details():
+                raise
+            return  # the round moved on since the offer: a silo looks again
+        self._done.add(key)
+        self.did.append(key[0])
