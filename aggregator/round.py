@@ -89,6 +89,10 @@ def _pending(facts: Facts) -> bool:
     return facts.run is RunPhase.PENDING
 
 
+def _evaluating(facts: Facts) -> bool:
+    return facts.phase is Phase.EVALUATING
+
+
 def _enough(silos: int, facts: Facts) -> bool:
     return silos >= facts.min_silos
 
@@ -113,8 +117,8 @@ TABLE: tuple[Row, ...] = (
     Row("fold", lambda f: f.phase is Phase.SEALED and not f.folded, Action.FOLD),
     Row("publish", lambda f: f.phase is Phase.SEALED and _settled(not f.waiting_for, len(f.sealed), f), Action.PUBLISH),
     Row("too few seals", lambda f: f.phase is Phase.SEALED and f.deadline_passed, Action.NEXT_ATTEMPT),
-    Row("reports differ", lambda f: f.phase is Phase.EVALUATING and len(set(f.reports.values())) > 1, Action.FAIL),
-    Row("complete", lambda f: f.phase is Phase.EVALUATING and _settled(not f.waiting_for, len(f.reports), f), Action.COMPLETE_ROUND),
+    Row("reports differ", lambda f: _evaluating(f) and len(set(f.reports.values())) > 1, Action.FAIL),
+    Row("complete", lambda f: _evaluating(f) and _settled(not f.waiting_for, len(f.reports), f), Action.COMPLETE_ROUND),
     Row("next round", lambda f: f.phase is Phase.COMPLETED and f.round <= f.rounds, Action.OPEN_ROUND),
     Row("finish", lambda f: f.phase is Phase.COMPLETED, Action.FINISH),
     Row("waiting for silos", lambda f: True, Action.WAIT),

@@ -1,7 +1,6 @@
 """A federation on this machine out of the real programs, set up by the commands that people type."""
 
 import json
-import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,7 +38,9 @@ class Site:
 class Federation:
     """One aggregator and its silos under `root`. Nothing runs until `set_up`; every program's log is `root`/NAME.log."""
 
-    def __init__(self, root: Path, programs: Programs, sites: list[Site], mlflow: str | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self, root: Path, programs: Programs, sites: list[Site], mlflow: str | None = None, seed: int | None = None
+    ) -> None:
         self.root, self.programs, self.sites, self.seed = root, programs, sites, seed
         self.port = free_port()
         self._mlflow = mlflow
@@ -153,4 +154,4 @@ def _answers(port: int) -> bool:
 
 def _write_yaml(path: Path, value: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(json.loads(canonical_json(value)), sort_keys=False))
-    os.chmod(path, 0o600)
+    path.chmod(0o600)

@@ -71,40 +71,41 @@ class Client:
     def close(self) -> None:
         self._channel.close()
 
-    def _call(self, method: Callable[..., Reply], request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Reply:
+    def _call(self, kind: type[Reply], method: Callable[..., Any], request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Reply:
         try:
-            return method(request, timeout=timeout_s)
+            reply: Reply = method(request, timeout=timeout_s)
+            return reply
         except grpc.RpcError as error:
             raise translated(error) from None
 
     def enroll(self, request: pb.EnrollRequest) -> pb.Certificate:
-        return self._call(self._stub.Enroll, request)
+        return self._call(pb.Certificate, self._stub.Enroll, request)
 
     def renew(self, csr_pem: bytes) -> pb.Certificate:
-        return self._call(self._stub.Renew, pb.RenewRequest(csr_pem=csr_pem))
+        return self._call(pb.Certificate, self._stub.Renew, pb.RenewRequest(csr_pem=csr_pem))
 
     def poll(self, request: pb.PollRequest) -> pb.Offer:
         request.protocol_min, request.protocol_max, request.software_version = PROTOCOL_OLDEST, PROTOCOL, VERSION
-        return self._call(self._stub.Poll, request, POLL_TIMEOUT_S)
+        return self._call(pb.Offer, self._stub.Poll, request, POLL_TIMEOUT_S)
 
     def post(self, signed: pb.Signed) -> pb.Receipt:
-        return self._call(self._stub.Post, signed)
+        return self._call(pb.Receipt, self._stub.Post, signed)
 
     def rosters(self, newer_than: int) -> list[bytes]:
-        return list(self._call(self._stub.Rosters, pb.RostersRequest(newer_than=newer_than)).rosters)
+        return list(self._call(pb.RostersReply, self._stub.Rosters, pb.RostersRequest(newer_than=newer_than)).rosters)
 
     def upload(self, header: pb.Signed, content: bytes) -> pb.Receipt:
         """Send what the other side does not have yet. Raises IntegrityError when it acknowledges something else."""
         digest = hashlib.sha256(content).digest()
-        status = self._call(self._stub.BeginUpload, header)
+        status = self._call(pb.UploadStatus, self._stub.BeginUpload, header)
         while not status.HasField("receipt") and status.durable_bytes < len(content):
             start = status.durable_bytes
             piece = pb.Piece(digest=digest, offset=start, data=content[start : start + MAX_PIECE_BYTES])
-            status = self._call(self._stub.PutChunks, piece)
+            status = self._call(pb.UploadStatus, self._stub.PutChunks, piece)
         if status.HasField("receipt"):
             receipt = status.receipt
         else:
-            receipt = self._call(self._stub.FinishUpload, pb.UploadTrailer(ctx=header.ctx, content_digest=digest))
+            receipt = self._call(pb.Receipt, self._stub.FinishUpload, pb.UploadTrailer(ctx=header.ctx, content_digest=digest))
         if receipt.digest != digest:
             raise IntegrityError("the aggregator's receipt names another upload than the one sent")
         return receipt
@@ -120,7 +121,9 @@ class Client:
         try:
             with part.open("ab") as file:
                 while file.tell() < num_bytes:
-                    piece = self._call(self._stub.Get, pb.GetRequest(digest=digest, offset=file.tell(), length=MAX_PIECE_BYTES))
+                    piece = self._call(
+                        pb.Piece, self._stub.Get, pb.GetRequest(digest=digest, offset=file.tell(), length=MAX_PIECE_BYTES)
+                    )
                     if not piece.data:
                         raise IntegrityError("the aggregator's blob is shorter than it said")
                     file.write(piece.data)

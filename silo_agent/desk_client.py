@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 
 from silo_agent.pb import desk_pb2, desk_pb2_grpc
-from silo_agent.work_wire import Result, Work, collect, failure_facts, pieces, read_work, result_facts
+from silo_agent.work_wire import Result, collect, failure_facts, pieces, read_work, result_facts
 from wardround.errors import MessageError, WardroundError
 
 ORPHAN_CHECK_S = 0.5
@@ -21,8 +22,10 @@ CALL_TIMEOUT_S = 60.0
 GIVE_UP_S = 60.0  # without an agent at the other end
 
 
-def serve(program: str, handler: Callable[[Work], Result], arguments: list[str] | None = None) -> None:
-    """The main loop of `trainer` and `ingest`. Logs one line per item: never a path, identifier or number out of the data."""
+def serve(program: str, handler: Callable[[Any], Result], arguments: list[str] | None = None) -> None:
+    """The main loop of `trainer` and `ingest`; each gets its own kind of work.
+
+    Logs one line per item: never a path, an identifier or a number out of the data."""
     parser = argparse.ArgumentParser(prog=program, description=f"The {program} of a silo: takes work from the agent's desk.")
     parser.add_argument("--agent", required=True, help="where the agent's desk listens, e.g. unix:/run/wardround/desk.sock")
     options = parser.parse_args(arguments)
@@ -44,7 +47,7 @@ def serve(program: str, handler: Callable[[Work], Result], arguments: list[str] 
             continue  # cut on the way: the work is still on the desk
 
 
-def _handled(program: str, handler: Callable[[Work], Result], work_id: str, facts: str, data: bytes) -> "list[desk_pb2.Piece]":
+def _handled(program: str, handler: Callable[[Any], Result], work_id: str, facts: str, data: bytes) -> "list[desk_pb2.Piece]":
     started = time.monotonic()
     try:
         result, values = result_facts(handler(read_work(program, facts, data)))

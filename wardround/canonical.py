@@ -6,7 +6,7 @@ from typing import Any
 
 
 def canonical_json(value: Any) -> bytes:
-    """UTF-8 JSON with sorted keys and no white space. Floats by Python's shortest repr; NaN and infinity are refused (ValueError)."""
+    """UTF-8 JSON, sorted keys, no white space. Floats by Python's shortest repr; NaN and infinity are refused (ValueError)."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 

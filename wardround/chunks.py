@@ -44,7 +44,8 @@ class ControlMap:
     def __post_init__(self) -> None:
         if self.used > COEFFICIENTS:
             raise MessageError(
-                f"the control chunk has {COEFFICIENTS} coefficients: {self.num_tensors} tensors and {len(self.metrics)} metrics do not fit"
+                f"the control chunk has {COEFFICIENTS} coefficients: {self.num_tensors} tensors and {len(self.metrics)} metrics "
+                "do not fit"
             )
 
     @property

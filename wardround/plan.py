@@ -49,7 +49,8 @@ class UNet(_Part):
     def _fits(self) -> Self:
         if len(self.strides) != len(self.channels) - 1:
             raise ValueError(
-                f"model.strides needs one entry fewer than model.channels: expected {len(self.channels) - 1}, got {len(self.strides)}"
+                f"model.strides needs one entry fewer than model.channels: expected {len(self.channels) - 1}, "
+                f"got {len(self.strides)}"
             )
         odd = [c for c in self.channels if c % self.norm_groups]
         if odd:
@@ -110,7 +111,7 @@ class Server(_Part):
 
 
 class Aggregation(_Part):
-    """How updates are summed. `encryption: none` sends packed integers in the clear and needs `allow_clear` in every silo's policy."""
+    """How updates are summed. `encryption: none`: packed integers in the clear; every silo's policy must `allow_clear`."""
 
     encryption: Literal["none"]
     masking: Literal["none"]
@@ -146,7 +147,7 @@ class Plan(_Part):
             raise ValueError("model.network ResNet18 classifies; task segmentation needs UNet")
         for edge, factor in zip(self.data.patch, [_product(self.model.strides)] * 3, strict=False):
             if edge % factor:
-                raise ValueError(f"every edge of data.patch must be a multiple of {factor} (the product of model.strides): {edge} is not")
+                raise ValueError(f"an edge of data.patch must be a multiple of {factor} (the strides multiplied): {edge} is not")
         return self
 
     @property
@@ -167,7 +168,7 @@ def _product(factors: tuple[int, ...]) -> int:
 
 
 def parse_plan(text: bytes) -> Plan:
-    """A plan from YAML (or canonical JSON, which is YAML). Raises PlanError that names each key, what was expected and what was seen."""
+    """A plan from YAML (or canonical JSON, which is YAML). Raises PlanError: each key, what was expected, what was seen."""
     if len(text) > MAX_PLAN_BYTES:
         raise PlanError(f"a plan has at most {MAX_PLAN_BYTES} bytes: this one has {len(text)}")
     try:

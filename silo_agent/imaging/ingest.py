@@ -167,7 +167,7 @@ def main() -> None:
     """The program `ingest`: dials the agent's desk and works until the agent ends it."""
     from silo_agent.desk_client import serve
 
-    serve("ingest", handle)  # type: ignore[arg-type]  # the desk gives each program its own kind of work
+    serve("ingest", handle)
 
 
 if __name__ == "__main__":

@@ -112,5 +112,5 @@ def test_the_stream_is_aes_counter_mode() -> None:
     """NIST SP 800-38A uses another counter start; here: the keystream of a zero counter is AES(key, 0), AES(key, 1)..."""
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-    block = Cipher(algorithms.AES(KEY), modes.ECB()).encryptor().update(bytes(16))  # noqa: S305 - one block, to compare
+    block = Cipher(algorithms.AES(KEY), modes.ECB()).encryptor().update(bytes(16))
     assert (uniform(KEY, 4) == np.frombuffer(block, "<u4") * 2.0**-32).all()

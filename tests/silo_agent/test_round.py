@@ -70,7 +70,7 @@ def test_a_second_attempt_trains_nothing_and_encodes_again() -> None:
 def test_a_silo_that_missed_rounds_applies_their_sums_one_by_one() -> None:
     offer = offered("OPEN", 4, summed_rounds=frozenset({1, 2, 3}))
     facts = replace(JOINED, evaluated_round=0)
-    for round_ in (1, 2, 3):
+    for _ in range(3):
         assert decide(facts, offer) is Action.APPLY
         facts = effect(facts, Action.APPLY, offer)
     assert facts.model_round == 3

@@ -71,7 +71,8 @@ def test_an_honest_offer_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["plan_digest", "layout_digest", "bounds_digest", "he_digest", "epoch_commitment", "roster_digest", "previous_model_mac"]
+    "field",
+    ["plan_digest", "layout_digest", "bounds_digest", "he_digest", "epoch_commitment", "roster_digest", "previous_model_mac"],
 )
 def test_another_fact_under_ctx_is_refused_by_name(field: str) -> None:
     with pytest.raises(MessageError, match=field):
@@ -144,7 +145,8 @@ def test_nothing_is_sealed_without_ones_own_upload_unaltered() -> None:
 
 def joins(**declared: int) -> list[pb.Signed]:
     ctx = run_ctx("neuro", "run-1", PLAN.digest)
-    return [sign("join", ctx, pb.Join(run="run-1", declared_patients=declared.get(s.replace("-", "_"), 100)), s, KEYS[s]) for s in SILOS]
+    patients = {silo: declared.get(silo.replace("-", "_"), 100) for silo in SILOS}
+    return [sign("join", ctx, pb.Join(run="run-1", declared_patients=patients[silo]), silo, KEYS[silo]) for silo in SILOS]
 
 
 def test_weights_come_from_signed_joins_of_the_whole_cohort() -> None:
