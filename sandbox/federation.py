@@ -53,7 +53,7 @@ class Federation:
         return call(tool("aggregator", "--config", str(self.root / "aggregator.yaml"), *arguments), stdin)
 
     def at_silo(self, silo: str, *arguments: str) -> bytes:
-        return call(tool("silo-agent", *arguments, "--config", str(self.silo_folder(silo) / "silo-agent.yaml")))
+        return call(tool("silo-agent", "--config", str(self.silo_folder(silo) / "silo-agent.yaml"), *arguments))
 
     def silo_folder(self, silo: str) -> Path:
         return self.root / "silos" / silo
@@ -122,7 +122,7 @@ class Federation:
 
     def silo_command(self, silo: str) -> list[str]:
         seed = [] if self.seed is None else ["--seed", str(self.seed)]
-        return tool("silo-agent", "run", "--config", str(self.silo_folder(silo) / "silo-agent.yaml"), *seed)
+        return tool("silo-agent", "--config", str(self.silo_folder(silo) / "silo-agent.yaml"), "run", *seed)
 
     def start_aggregator(self) -> None:
         self.aggregator = self.programs.start("aggregator", self.aggregator_command(), self.root / "aggregator.log")

@@ -1,6 +1,5 @@
 """`silo-agent`: what hospital IT types. Every command works beside the running agent; none needs an inbound port."""
 
-import json
 import os
 import signal
 import sys
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from silo_agent.client import Credentials
 from silo_agent.config import Settings, load_settings
@@ -23,43 +20,53 @@ from silo_agent.custody.state import State
 from silo_agent.membership import connect, stand_by
 from wardround import tls
 from wardround.canonical import digest_name
-from wardround.cli import run as run_app
+from wardround.cli import Json, command_line, print_facts
+from wardround.cli import run as run_command_line
 from wardround.errors import PolicyRefusal, SettingsError
 from wardround.plan import load_plan
-from wardround.roster import Roster, changes, parse_roster
+from wardround.roster import Member, Roster, changes, parse_roster
 
-app = typer.Typer(
-    help="One hospital's side of a Wardround federation: keeps the keys, guards the data, takes part in rounds.",
-    no_args_is_help=True,
-    add_completion=False,
-)
-roster_app = typer.Typer(help="Which hospitals this one deals with.", no_args_is_help=True)
-data_app = typer.Typer(help="What this hospital's data looks like to Wardround.", no_args_is_help=True)
-policy_app = typer.Typer(help="What this hospital takes part in.", no_args_is_help=True)
-app.add_typer(roster_app, name="roster")
-app.add_typer(data_app, name="data")
-app.add_typer(policy_app, name="policy")
+app = command_line("One hospital's side of a federation: keeps the keys, guards the data, takes part in rounds.")
+data_app = command_line("Data: what this hospital's studies look like to a plan.")
+policy_app = command_line("Policy: what this hospital takes part in.")
+roster_app = command_line("The roster: which hospitals this one deals with.")
+for name, group in (("data", data_app), ("policy", policy_app), ("roster", roster_app)):
+    app.add_typer(group, name=name)
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", envvar="WARDROUND_SILO_CONFIG", help="The settings file.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-CHECK_WAIT_S = 1.0
+CHECK_LOOK_S = 1.0
+
+
+@app.callback()
+def settings_file(
+    context: typer.Context,
+    config: Annotated[Path, typer.Option(help="The settings.", envvar="WARDROUND_SILO_CONFIG")] = Path("silo-agent.yaml"),
+) -> None:
+    context.obj = config
+
+
+def _settings(context: typer.Context) -> Settings:
+    return load_settings(context.obj)
 
 
 @app.command()
-def enroll(file: Path, config: ConfigOption = Path("silo-agent.yaml"), as_json: JsonOption = False) -> None:
-    """Join the federation with the file the coordinator sent. Makes this hospital's keys; they never leave.
+def enroll(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="The enrolment file from the coordinator.")],
+    json_: Json = False,
+) -> None:
+    """Join the federation. Makes this hospital's keys, which never leave it.
 
-    Example: silo-agent enroll wardround-st-marys.yaml
+    \b
+    Example:
+      silo-agent enroll wardround-st-marys.yaml
 
-    Afterwards read the eight words to the coordinator by telephone: they name the keys that this hospital will sign with.
+    Then read the eight words to the coordinator by telephone: they name the keys this hospital will sign with.
     """
-    settings, enrollment = load_settings(config), read_enrollment(file)
+    settings, enrollment = _settings(context), read_enrollment(file)
     folder = settings.data / "keys"
     keys = SiloKeys.open(folder) if folder.is_dir() else SiloKeys.create(folder)
-    client = connect(
-        enrollment.target, Credentials(enrollment.roots, enrollment.bootstrap_certificate, enrollment.bootstrap_key), settings
-    )
-    answer = client.enroll(enroll_request(enrollment, keys))
+    bootstrap = Credentials(enrollment.roots, enrollment.bootstrap_certificate, enrollment.bootstrap_key)
+    answer = connect(enrollment.target, bootstrap, settings).enroll(enroll_request(enrollment, keys))
     keys.install_certificate(answer, enrollment.federation, enrollment.silo)
     facts = {
         "federation": enrollment.federation.encode(),
@@ -69,29 +76,31 @@ def enroll(file: Path, config: ConfigOption = Path("silo-agent.yaml"), as_json: 
         "audit_key": keys.audit_public,
     }
     State(settings.data / "state.sqlite", keys.audit).enrolled(facts)
-    words = own_words(enrollment.silo, keys)
-    if as_json:
-        _print({"silo": enrollment.silo, "federation": enrollment.federation, "words": words})
-    else:
-        typer.echo(
-            f"enrolled as {enrollment.silo} in {enrollment.federation}\nthis hospital's words: {words}\nnext: silo-agent run"
-        )
+    own = Member(name=enrollment.silo, identity=keys.identity_public, sealing=keys.sealing_public)
+    print_facts({"enrolled": own.name, "federation": enrollment.federation, "words": own.words, "next": "silo-agent run"}, json_)
 
 
-@app.command("run")
-def run_agent(
-    config: ConfigOption = Path("silo-agent.yaml"),
+@app.command()
+def run(
+    context: typer.Context,
     seed: Annotated[int | None, typer.Option(help="Reproducible randomness: NOT PRIVATE, needs allow_seeded_noise.")] = None,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
 ) -> None:
-    """Take part in rounds until stopped. SIGTERM ends after the step at hand; SIGKILL loses nothing either."""
+    """Take part in rounds until stopped.
+
+    \b
+    Example:
+      silo-agent --config silo-agent.yaml run
+
+    SIGTERM ends after the step at hand; SIGKILL loses nothing either.
+    """
     from silo_agent.agent import Agent
     from silo_agent.desk import Desk
     from silo_agent.launch.process import MODULES, Helper
     from silo_agent.telemetry import configure, log
 
     configure(log_json)
-    settings = load_settings(config)
+    settings = _settings(context)
     policy = load_policy(settings.policy)
     if seed is not None and not policy.allow_seeded_noise:
         raise SettingsError("--seed makes randomness reproducible, not private: it needs allow_seeded_noise: true in the policy")
@@ -101,8 +110,8 @@ def run_agent(
         desk = Desk(Path(folder) / "desk")
         helpers = {program: Helper(program, desk.address) for program in MODULES}
         agent = Agent(settings, policy, keys, state, desk, helpers, seed)
-        for sign in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(sign, lambda *_: agent.inbox.stop())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: agent.inbox.stop())
         log.info("silo agent", silo=agent.silo, federation=agent.federation, seeded=seed is not None)
         try:
             agent.run()
@@ -114,162 +123,156 @@ def run_agent(
 
 
 @app.command()
-def status(config: ConfigOption = Path("silo-agent.yaml"), as_json: JsonOption = False) -> None:
-    """What the agent is doing, which runs it knows, which roster it approved, when its certificate ends."""
-    settings = load_settings(config)
+def status(context: typer.Context, json_: Json = False) -> None:
+    """What the agent is doing, which runs it knows, which roster it approved, when its certificate ends.
+
+    \b
+    Example:
+      silo-agent status
+    """
+    settings = _settings(context)
     keys, state = SiloKeys.open(settings.data / "keys"), State(settings.data / "state.sqlite")
-    activity = state.activity()
-    head = state.last_head()
-    runs = [{key: row[key] for key in ("run", "stance", "code", "reason", "model_round")} for row in state.runs()]
-    certificate = tls.load_certificate(keys.tls_material()[1])
-    approved = _standing(settings, state).approved
-    value = {
+    received = _received(state)
+    approved = stand_by(state, received, settings.roster_approval).approved
+    activity, head = state.activity(), state.last_head()
+    facts: dict[str, Any] = {
         "silo": (state.meta("silo") or b"").decode(),
         "federation": (state.meta("federation") or b"").decode(),
-        "activity": None if activity is None else dict(activity),
-        "runs": runs,
+        "activity": "never started" if activity is None else f"{activity['word']}: {activity['detail']}",
         "roster_version": approved.version if approved else 0,
-        "aggregator_head": 0 if head is None else head["seq"],
-        "certificate_ends": certificate.not_valid_after_utc.isoformat(),
+        "certificate_ends": tls.load_certificate(keys.tls_material()[1]).not_valid_after_utc.isoformat(timespec="minutes"),
+        "aggregator_audit_head": head["seq"] if head else 0,
     }
-    if as_json:
-        _print(value)
+    runs = [{key: row[key] for key in ("run", "stance", "reason", "model_round")} for row in state.runs()]
+    if json_:
+        since = None if activity is None else activity["since_ms"]
+        print_facts(facts | {"activity_since_ms": since, "runs": runs}, True)
         return
-    doing = "never started" if activity is None else f"{activity['word']} ({activity['detail']}) for {_age(activity['since_ms'])}"
-    typer.echo(f"{value['silo']} in {value['federation']}: {doing}")
-    typer.echo(f"roster version {value['roster_version']} approved; certificate until {certificate.not_valid_after_utc:%Y-%m-%d}")
-    for row in runs:
-        refusal = f": {row['reason']}" if row["reason"] else ""
-        typer.echo(f"run {row['run']}: {row['stance']}, model of round {row['model_round']}{refusal}")
+    lines = [f"{row['run']}: {row['stance']}, model of round {row['model_round']} {row['reason'] or ''}".rstrip() for row in runs]
+    print_facts(facts | {"runs": lines or ["none"]}, False)
 
 
 @data_app.command("check")
 def data_check(
-    name: str,
-    config: ConfigOption = Path("silo-agent.yaml"),
-    plan: Annotated[Path | None, typer.Option(help="Also make the snapshot this plan would train on.")] = None,
-    as_json: JsonOption = False,
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A dataset of the settings.")],
+    plan: Annotated[Path | None, typer.Option(help="Also make the snapshot that this plan would train on.")] = None,
+    json_: Json = False,
 ) -> None:
-    """Index and validate a dataset binding as a run would: counts, splits, and why studies were set aside.
+    """Index and validate a dataset as a run would: counts, splits, and why studies were set aside.
 
-    Example: silo-agent data check brain-t1
+    \b
+    Example:
+      silo-agent data check brain-t1
     """
     from silo_agent.desk import Desk
     from silo_agent.launch.process import Helper
     from silo_agent.work import IngestWork
 
-    settings = load_settings(config)
+    settings = _settings(context)
     binding = settings.dataset(name)
-    keys = SiloKeys.open(settings.data / "keys")
+    split_key = SiloKeys.open(settings.data / "keys").split_key
     parsed = load_plan(plan) if plan else None
-    work = IngestWork(parsed, binding.source, binding.labels.segments, keys.split_key, settings.data / "snapshots")
+    work = IngestWork(parsed, binding.source, binding.labels.segments, split_key, settings.data / "snapshots")
     with tempfile.TemporaryDirectory(prefix="wr-") as folder, Path(os.devnull).open("w") as nowhere:
         desk = Desk(Path(folder) / "desk")
-        helper = Helper("ingest", desk.address, nowhere)
-        started = time.monotonic()
+        helper, started, result = Helper("ingest", desk.address, nowhere), time.monotonic(), None
         try:
             work_id = desk.submit(work)
-            result = None
             while result is None:
                 helper.ensure()
-                result = desk.wait(work_id, CHECK_WAIT_S)
-                if result is None and time.monotonic() - started > 2 and sys.stderr.isatty():
-                    typer.echo(f"\rreading DICOM, {time.monotonic() - started:.0f} s", nl=False, err=True)
+                result = desk.wait(work_id, CHECK_LOOK_S)
+                print(f"\rreading DICOM, {time.monotonic() - started:.0f} s", end="", file=sys.stderr)
         finally:
+            print(file=sys.stderr)
             helper.stop()
             desk.close()
-    value = {key: item for key, item in vars(result).items() if key != "seconds"}
-    if as_json:
-        _print(value)
-        return
-    table = Table("", name, title=f"dataset {name}")
-    for key, item in value.items():
-        shown = ", ".join(f"{k} {v}" for k, v in sorted(item.items())) or "none" if isinstance(item, dict) else str(item)
-        table.add_row(key, shown)
-    Console().print(table)
+    facts = vars(result)
+    if not json_:
+        facts = {k: [f"{n}: {m}" for n, m in v.items()] or ["none"] if isinstance(v, dict) else v for k, v in facts.items()}
+    print_facts({"dataset": name} | facts, json_)
 
 
 @policy_app.command("check")
-def policy_check(plan: Path, config: ConfigOption = Path("silo-agent.yaml"), as_json: JsonOption = False) -> None:
-    """Whether this hospital's policy and dataset bindings accept a plan, in words.
+def policy_check(
+    context: typer.Context, plan: Annotated[Path, typer.Argument(help="The plan, YAML.")], json_: Json = False
+) -> None:
+    """Whether this hospital would join a plan: its policy and its dataset bindings, in words.
 
-    Example: silo-agent policy check brain-tissue.yaml
+    \b
+    Example:
+      silo-agent policy check brain-tissue.yaml
+
+    Exit code 0 when it would, 3 when the policy refuses.
     """
-    settings, parsed = load_settings(config), load_plan(plan)
+    settings, parsed = _settings(context), load_plan(plan)
     settings.dataset(parsed.dataset).check_classes(parsed.dataset, parsed.classes)
     try:
         judge(load_policy(settings.policy), parsed)
     except PolicyRefusal as refusal:
-        if as_json:
-            _print({"accepted": False, "reason": str(refusal)})
-            raise typer.Exit(PolicyRefusal.exit_code) from None
-        raise
-    if as_json:
-        _print({"accepted": True, "reason": ""})
-    else:
-        typer.echo(f"accepted: this hospital would join {parsed.name} ({digest_name(parsed.digest)})")
+        if not json_:
+            raise
+        print_facts({"plan": parsed.name, "accepted": False, "reason": str(refusal)}, True)
+        raise typer.Exit(refusal.exit_code) from None
+    print_facts({"plan": parsed.name, "digest": digest_name(parsed.digest), "accepted": True}, json_)
 
 
 @roster_app.command("show")
-def roster_show(config: ConfigOption = Path("silo-agent.yaml"), as_json: JsonOption = False) -> None:
-    """Who is in the federation, as the operator signed it, and who waits for this hospital's approval."""
-    settings = load_settings(config)
+def roster_show(context: typer.Context, json_: Json = False) -> None:
+    """Who is in the federation, as the operator signed it, and who waits for this hospital's approval.
+
+    \b
+    Example:
+      silo-agent roster show
+    """
+    settings = _settings(context)
     state = State(settings.data / "state.sqlite")
-    received, standing = _received(state), _standing(settings, state)
+    received = _received(state)
+    standing = stand_by(state, received, settings.roster_approval)
     newest = received[-1] if received else None
     waiting = {member.name for member in standing.waiting}
-    rows = [
-        {"silo": m.name, "status": "waiting" if m.name in waiting else m.status, "words": m.words}
-        for m in (newest.silos if newest else ())
-    ]
-    value = {
+    silos = newest.silos if newest else ()
+    rows = [{"silo": m.name, "status": "waiting" if m.name in waiting else m.status, "words": m.words} for m in silos]
+    facts: dict[str, Any] = {
         "approved_version": standing.approved.version if standing.approved else 0,
         "newest_version": newest.version if newest else 0,
         "newest_digest": digest_name(newest.digest) if newest else "",
-        "silos": rows,
     }
-    if as_json:
-        _print(value)
+    if json_:
+        print_facts(facts | {"silos": rows}, True)
         return
-    table = Table("silo", "status", "words to compare by telephone", title=f"roster version {value['newest_version']}")
-    for row in rows:
-        table.add_row(*row.values())
-    Console().print(table)
+    print_facts(facts | {"silos": [f"{row['silo']}: {row['status']}; words {row['words']}" for row in rows] or ["none"]}, False)
     if waiting:
-        typer.echo(f"next: telephone the new hospitals, then: silo-agent roster approve {value['newest_digest']}")
+        print("next: compare the words of the new hospitals by telephone, then silo-agent roster approve with the newest digest")
 
 
 @roster_app.command("approve")
-def roster_approve(digest: str, config: ConfigOption = Path("silo-agent.yaml"), as_json: JsonOption = False) -> None:
-    """Approve the newest roster, named by the digest that `roster show` prints, after comparing the words by telephone.
+def roster_approve(
+    context: typer.Context,
+    digest: Annotated[str, typer.Argument(help="newest_digest of `roster show`: sha256: and 64 hexadecimal digits.")],
+    json_: Json = False,
+) -> None:
+    """Approve the newest roster, after comparing the words of its new members by telephone.
 
-    Example: silo-agent roster approve sha256:3f...
+    \b
+    Example:
+      silo-agent roster approve sha256:3f0c...
     """
-    settings = load_settings(config)
-    keys = SiloKeys.open(settings.data / "keys")
-    state = State(settings.data / "state.sqlite", keys.audit)
-    received, standing = _received(state), _standing(settings, state)
-    newer = [roster for roster in received if standing.approved is None or roster.version > standing.approved.version]
+    settings = _settings(context)
+    state = State(settings.data / "state.sqlite", SiloKeys.open(settings.data / "keys").audit)
+    received = _received(state)
+    before = stand_by(state, received, settings.roster_approval).approved
     try:
         wanted = bytes.fromhex(digest.removeprefix("sha256:"))
     except ValueError:
         raise SettingsError(
             "a roster is named by its digest, sha256: and 64 hexadecimal digits: see `silo-agent roster show`"
         ) from None
-    chosen = approve(standing.approved, newer, wanted)
+    newer = [roster for roster in received if before is None or roster.version > before.version]
+    chosen = approve(before, newer, wanted)
     state.approve_roster(chosen.version, digest_name(chosen.digest))
-    if as_json:
-        _print({"approved_version": chosen.version})
-    else:
-        names = ", ".join(f"{member.name} {what}" for what, member in changes(chosen, standing.approved)) or "nothing changed"
-        typer.echo(f"approved roster version {chosen.version}: {names}")
-
-
-def own_words(silo: str, keys: SiloKeys) -> str:
-    """The eight words of this silo's keys, as rosters show them elsewhere."""
-    from wardround.roster import Member
-
-    return Member(name=silo, identity=keys.identity_public, sealing=keys.sealing_public).words
+    changed = [f"{member.name}: {what}" for what, member in changes(chosen, before)]
+    print_facts({"approved_version": chosen.version, "changes": changed or ["none"]}, json_)
 
 
 def _received(state: State) -> list[Roster]:
@@ -279,22 +282,5 @@ def _received(state: State) -> list[Roster]:
     return [parse_roster(row["data"], operator) for row in state.rosters()]
 
 
-def _standing(settings: Settings, state: State) -> Any:
-    return stand_by(state, _received(state), settings.roster_approval)
-
-
-def _age(since_ms: int) -> str:
-    seconds = time.time() - since_ms / 1000
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
-def _print(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
-
-
 def main() -> None:
-    run_app(app)
-
-
-if __name__ == "__main__":
-    main()
+    run_command_line(app)
