@@ -62,13 +62,13 @@ class Server:
     def __init__(self, opened: Opened) -> None:
         self._opened = opened
         self._lock = _only_one(opened.settings.data)
-        self._bell = Bell()
+        self.bell = Bell()
         blobs = Blobs(opened.settings.data / "spool")
         # The folder's lock makes this program the only one on it, so it may take its own lease again after a kill.
-        self.driver = Driver(opened.store, blobs, self._bell, holder=socket.gethostname())
+        self.driver = Driver(opened.store, blobs, self.bell, holder=socket.gethostname())
         store = opened.store
         self.gatekeeper = Gatekeeper(store)
-        self._federation = Federation(store, Enrolment(store, opened.pki), Statements(store), Transfers(store, blobs), self._bell)
+        self._federation = Federation(store, Enrolment(store, opened.pki), Statements(store), Transfers(store, blobs), self.bell)
         self._stop_threads = threading.Event()
         self._threads: list[threading.Thread] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -95,7 +95,7 @@ class Server:
             self._http = _metrics_server(settings.metrics_port, lambda: not self._federation.draining.is_set())
             self.metrics_port = self._http.server_port
             self._thread("metrics", self._http.serve_forever)
-        self._bell.hang(loop)
+        self.bell.hang(loop)
         await self._grpc.start()
         self._thread("driver", self.driver.run)
         if (mlflow := settings.mlflow) is not None:
@@ -118,7 +118,7 @@ class Server:
             self._http.server_close()
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
-        self._bell.hang(None)
+        self.bell.hang(None)
         os.close(self._lock)
         log.info("stopped")
 

@@ -76,7 +76,9 @@ def test_a_poll_waits_for_news_and_no_longer_than_it_must(aggregator: TestAggreg
     assert second.unchanged and second.etag == first.etag and second.head.seq >= first.head.seq and second.run == ""
     monkeypatch.setattr(federation, "LONG_POLL_S", 20.0)
     began = time.monotonic()
-    submitter = threading.Timer(0.3, lambda: aggregator.submit(tiny()))  # as a command line would: nothing rings here
+    submitter = threading.Timer(
+        0.3, lambda: aggregator.store.submit(tiny(), "tester")
+    )  # as a command line would: nothing rings here
     submitter.start()
     third = silo.poll(wait=True)
     submitter.join()
