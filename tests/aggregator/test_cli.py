@@ -1,0 +1,127 @@
+"""The coordinator's commands, in this process, beside a running server where it matters."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aggregator import cli
+from tests.aggregator.test_statements import at
+from tests.support.aggregator import TestAggregator, until
+from tests.support.plans import TINY, tiny
+from wardround.cli import run
+
+
+@pytest.fixture
+def command(aggregator: TestAggregator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """(exit code, standard output, standard error) of a command."""
+    (tmp_path / "aggregator.yaml").write_text(
+        "federation: neuro\ndata: data\noperator_key: operator.pub\nhost: localhost\nport: 1\n"
+    )
+    (tmp_path / "plan.yaml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+
+    def run_it(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["aggregator", *words])
+        with pytest.raises(SystemExit) as ended:
+            run(cli.app)
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run_it
+
+
+def test_plans_are_checked_against_who_is_there(aggregator: TestAggregator, command: Any) -> None:
+    assert command("plan", "submit", "plan.yaml")[::2] == (
+        2,
+        "error (plan): aggregation.min_silos is 3, the published roster has 0 active silos: enrol more, or ask fewer\n",
+    )
+    aggregator.hospitals()
+    code, out, _ = command("plan", "check", "plan.yaml", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["active_silos"] == ["charite", "leuven", "st-marys"] and facts["rounds"] == 2
+    assert "not asked" in facts["each_silo"] and aggregator.store.runs() == []
+    aggregator.store.revoke("leuven")
+    assert "has 2 active silos" in command("plan", "submit", "plan.yaml")[2]
+
+
+def test_more_silos_than_a_sum_has_room_for(aggregator: TestAggregator, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    aggregator.hospitals()
+    monkeypatch.setattr(cli, "MAX_SILOS", 2)
+    assert "a sum has headroom for 2 silos, the published roster has 3" in command("plan", "check", "plan.yaml")[2]
+
+
+def test_a_run_from_submission_to_its_end(aggregator: TestAggregator, command: Any) -> None:
+    silos = aggregator.hospitals()
+    code, out, _ = command("plan", "submit", "plan.yaml", "--json")
+    assert (code, json.loads(out)["run"]) == (0, "tiny-1")
+    silos[1].uploads = False
+    until(lambda: silos[0].did == ["join", "upload"], silos)
+    shown = json.loads(command("run", "show", "tiny-1", "--json")[1])
+    assert (
+        shown["phase"] == "running"
+        and shown["notes"] == ["patients are simulated"]
+        and shown["joined"] == [one.name for one in silos]
+    )
+    until(lambda: silos[2].did == ["join", "upload"], silos)
+    assert "round 1 of 2 waits for uploads of leuven" in command("run", "show", "tiny-1")[1]
+    assert "waits for uploads of leuven" in command("run", "list")[1]
+    table = cli._table(aggregator.store, aggregator.store.run("tiny-1"))
+    assert [list(column.cells) for column in table.columns][:4] == [
+        ["charite", "leuven", "st-marys"], ["joined"] * 3, ["idle"] * 3, ["yes", "", "yes"],
+    ]  # fmt: skip
+    silos[1].uploads = True
+    until(lambda: aggregator.store.run("tiny-1").phase == "completed", silos)
+    code, out, _ = command("run", "watch", "tiny-1")
+    assert (code, out) == (0, "tiny-1 has completed\n")
+    rounds = json.loads(command("run", "show", "tiny-1", "--json")[1])["completed"]
+    assert [one["round"] for one in rounds] == [1, 2, 3] and rounds[0]["means"] == {"dice": 0.5}
+    assert command("run", "abort", "tiny-1")[::2] == (
+        2,
+        "error (settings): tiny-1 has ended already (completed): there is nothing to abort\n",
+    )
+
+
+def test_abort_is_seen_by_the_server_and_watch_says_it_failed(aggregator: TestAggregator, command: Any) -> None:
+    silos = aggregator.hospitals()
+    run_name = aggregator.submit(tiny())
+    at("open", aggregator, silos)
+    assert command("run", "abort", run_name)[0] == 0
+    code, out, _ = command("run", "watch", run_name, "--json")
+    assert code == 1 and json.loads(out.splitlines()[-1])["situation"] == "tiny-1 has aborted: the coordinator aborted it"
+
+
+def test_silos_and_their_tokens(aggregator: TestAggregator, command: Any, tmp_path: Path) -> None:
+    aggregator.hospitals(("charite",))
+    assert command("silo", "token", "leuven", "Bad_Name")[2].startswith("error (settings): a silo's name has lower-case letters")
+    assert "there is a file wardround-leuven.yaml already" in command("silo", "token", "leuven")[2]
+    assert (tmp_path / "wardround-leuven.yaml").stat().st_mode & 0o777 == 0o600
+    listed = {one["silo"]: one["standing"] for one in json.loads(command("silo", "list", "--json")[1])["silos"]}
+    assert listed == {"charite": "active", "leuven": "token issued, not enrolled"}
+    assert command("silo", "revoke", "charite")[0] == 0
+    assert "revoked" in command("silo", "list")[1]
+    assert command("silo", "revoke", "nobody")[2].startswith("error (settings): no silo")
+
+
+def test_a_roster_that_nobody_signed(aggregator: TestAggregator, command: Any, tmp_path: Path) -> None:
+    assert command("roster", "draft")[2].startswith("error (settings): no silo has enrolled yet")
+    aggregator.enroll("charite", 1)
+    (tmp_path / "draft.json").write_text(command("roster", "draft")[1])
+    assert command("roster", "publish", "draft.json")[2].startswith("error (message): the roster is malformed")
+
+
+def test_every_command_has_an_example(command: Any) -> None:
+    groups = {"plan": ("check", "submit"), "run": ("list", "show", "watch", "abort"), "silo": ("token", "list", "revoke")}
+    for group, commands in (groups | {"roster": ("draft", "publish")}).items():
+        for one in commands:
+            assert "Example:\n    aggregator" in command(group, one, "--help")[1]
+    assert "Example:\n    aggregator" in command("serve", "--help")[1]
+
+
+def test_settings_that_are_not_there(command: Any) -> None:
+    assert command("--config", "none.yaml", "run", "list")[::2] == (
+        2,
+        "error (settings): cannot read the settings: No such file or directory; name them with --config\n",
+    )
