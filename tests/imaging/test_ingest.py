@@ -18,7 +18,7 @@ from silo_agent.imaging.ingest import handle
 from silo_agent.reasons import Reason
 from silo_agent.snapshot import read_snapshot
 from silo_agent.work import IngestResult, IngestWork
-from tests.imaging.conftest import ST_MARYS, edit, images, plan_5mm
+from tests.imaging.conftest import ST_MARYS, edit, hospital_in, images, plan_5mm
 from wardround.errors import DataError, PlanError, StorageError
 from wardround.plan import Transform
 
@@ -200,8 +200,6 @@ def test_a_bad_file_is_counted_and_ends_nothing(work: IngestWork, expected: dict
 
 @pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.90"])
 def test_a_file_cut_anywhere_never_gives_other_pixels(tmp_path: Path, work: IngestWork, syntax: str) -> None:
-    from tests.imaging.conftest import hospital_in
-
     folder = tmp_path / "cut"
     write_patients(folder, hospital_in(syntax), range(2), seed=1)
     work = replace(work, source=folder)
@@ -212,6 +210,7 @@ def test_a_file_cut_anywhere_never_gives_other_pixels(tmp_path: Path, work: Inge
         result = handle(work)
         assert result.num_patients == 1, keep
         assert result.quarantined, keep
+    assert result.quarantined == {Reason.TRUNCATED.code: 1}  # cut in its last pixels
 
 
 def test_modality_and_transforms_are_the_plans(work: IngestWork) -> None:

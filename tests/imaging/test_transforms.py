@@ -59,7 +59,7 @@ def test_finer_spacing_interpolates_the_image_and_repeats_the_label() -> None:
     ],
 )
 def test_arguments_outside_the_door_are_the_plans_fault(transform: Transform) -> None:
-    with pytest.raises(PlanError, match="data.transforms.0"):
+    with pytest.raises(PlanError, match=r"data\.transforms\.0"):
         build([transform])
 
 
