@@ -17,6 +17,7 @@ from wardround.errors import ConflictError, IdentityError, SettingsError
 from wardround.roster import Member, Roster, check_succeeds, parse_roster, propose
 
 MAX_ACTIVITY_CHARS = 80
+SEEN_EVERY_MS = 5_000  # a poll that says nothing new is written this often: 32 silos poll at every change
 
 
 class Stale(Exception):
@@ -69,6 +70,7 @@ class Members:
             database, federation, operator_key, audit_key, now_ms,
         )  # fmt: skip
         self._parsed: dict[bytes, Roster] = {}
+        self._seen: dict[str, tuple[int, tuple[str, str, int]]] = {}  # silo -> (written at, what it said)
         self._introduce()
 
     def _introduce(self) -> None:
@@ -255,16 +257,21 @@ class Members:
     def seen(self, name: str, request_version: str, activity: str, roster_version: int, head_seq: int) -> bool:
         """A poll came. True when the silo has approved a newer roster: that may change what is decided."""
         word = "".join(char for char in activity if char.isprintable())[:MAX_ACTIVITY_CHARS]
+        now, said = self.now_ms(), (request_version, word, roster_version)
+        written_ms, before_said = self._seen.get(name, (0, None))
+        if said == before_said and now < written_ms + SEEN_EVERY_MS:
+            return False
         with self._write() as db:
             before = db.execute(sa.select(schema.silos.c.roster_version).where(schema.silos.c.name == name)).scalar()
             db.execute(
                 sa.update(schema.silos)
                 .where(schema.silos.c.name == name)
                 .values(
-                    last_seen_ms=self.now_ms(), software_version=request_version[:MAX_ACTIVITY_CHARS], activity=word,
+                    last_seen_ms=now, software_version=request_version[:MAX_ACTIVITY_CHARS], activity=word,
                     roster_version=roster_version, head_seq=head_seq,
                 )
             )  # fmt: skip
+        self._seen[name] = (now, said)
         return before != roster_version
 
     # --- the driver's lease ----------------------------------------------------------------------------------------------------

@@ -96,6 +96,23 @@ def test_a_token_works_once_for_its_silo_until_it_ends(store: Store, clock: Cloc
         store.revoke("nobody")
 
 
+def test_polls_that_say_nothing_new_are_written_now_and_then(store: Store, clock: Clock) -> None:
+    store.token_issued("aa", "charite", 5_000)
+    store.enroll("aa", "charite", A.identity, A.sealing, "0.1.0")
+
+    def seen(activity: str, roster: int) -> tuple[bool, int | None, str]:
+        news = store.seen("charite", "0.1.0", activity, roster, 0)
+        return news, store.silos()[0].last_seen_ms, store.silos()[0].activity
+
+    assert seen("idle", 0) == (False, 1_000, "idle")
+    clock.now = 2_000
+    assert seen("idle", 0) == (False, 1_000, "idle")
+    assert seen("train\x1b[31m", 0) == (False, 2_000, "train[31m")  # nothing a terminal would obey
+    clock.now = 7_000
+    assert seen("train\x1b[31m", 0) == (False, 7_000, "train[31m")
+    assert seen("idle", 2) == (True, 7_000, "idle")
+
+
 def test_the_lease_is_one_drivers_until_it_ends(store: Store, clock: Clock) -> None:
     assert store.hold_lease("one", 100) and not store.hold_lease("two", 100)
     clock.now += 99

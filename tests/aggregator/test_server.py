@@ -24,7 +24,7 @@ import sqlalchemy
 from aggregator.folder import Opened
 from aggregator.server import Server
 from aggregator.services import federation
-from aggregator.views import run_view
+from aggregator.views import Projection, run_view
 from tests.support.aggregator import SILOS, TestAggregator, until
 from tests.support.fake_silo import FakeSilo
 from tests.support.identities import OPERATOR, OPERATOR_PUBLIC
@@ -65,6 +65,13 @@ def test_two_rounds_and_the_closing_one(aggregator: TestAggregator) -> None:
     aggregator.start()
     view = run_view(aggregator.store, run)
     assert [one.round for one in view.rounds] == [1, 2, 3] and view.rounds[0].cohort_size == 3
+    assert (view.rounds[0].means, view.rounds[0].model_round_measured) == ({"dice": 0.5}, 0)
+    assert (view.rounds[0].upload_bytes, view.rounds[0].download_bytes) == (3 * len(data), 3 * len(data))
+    assert view.rounds[1].own == {silo: {"dice": 0.4} for silo in SILOS} and view.rounds[0].seconds["train"] == 1.0
+    assert (view.rounds[0].late, view.rounds[0].dropped, view.ended_ms) == (0, 0, state.ended_ms)
+    assert view.notes == ("patients are simulated",) and {one.declared_patients for one in view.datasets} == {20}
+    Projection(aggregator.store).projected(run)
+    assert Projection(aggregator.store).unprojected() == []
 
 
 def test_a_poll_waits_for_news_and_no_longer_than_it_must(aggregator: TestAggregator, monkeypatch: pytest.MonkeyPatch) -> None:
