@@ -17,6 +17,7 @@ from silo_agent.imaging.deidentify import pseudonym, split_of, study_key
 from silo_agent.imaging.labels import load_labels
 from silo_agent.imaging.study import Index, index, quiet
 from silo_agent.imaging.volume import Volume, load_volume
+from silo_agent.monai_alone import import_monai
 from silo_agent.reasons import Quarantined, Reason
 from silo_agent.snapshot import SnapshotWriter, Split
 from silo_agent.work import IngestResult, IngestWork
@@ -93,7 +94,8 @@ def _classes(work: IngestWork) -> tuple[str, ...]:
 
 
 def _preparation(plan: Plan) -> "Preparation":
-    from silo_agent.imaging.transforms import preparation  # MONAI takes 10 s to import, and a check does without
+    import_monai()
+    from silo_agent.imaging.transforms import preparation  # MONAI takes seconds to import, and a check does without
 
     return preparation(plan.data)
 
