@@ -1,5 +1,6 @@
 """The hospital's settings: one YAML file, frozen, unknown keys refused. What enrolment learned (whose silo, where) is not here."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,9 +54,16 @@ class Dataset(_Part):
 class Proxy(_Part):
     """An HTTP CONNECT proxy on the way out. Only this setting counts: proxy variables in the environment are never read."""
 
-    url: Annotated[str, Field(pattern=r"^http://[^/@]+$")]
+    url: str
     login_file: Path | None = None
     """`user:password`, in a file only this user can read."""
+
+    @field_validator("url")
+    @classmethod
+    def _host_and_port(cls, value: str) -> str:
+        if not re.fullmatch(r"http://[^/@\s]+", value):  # what was seen may be a password: it is not repeated
+            raise ValueError("network.proxy.url is http://host:port alone; a login stands in network.proxy.login_file")
+        return value
 
 
 class Network(_Part):
@@ -98,4 +106,7 @@ def load_settings(path: Path) -> Settings:
     base = path.parent
     datasets = {k: d.model_copy(update={"source": base / d.source}) for k, d in settings.datasets.items()}
     policy = None if settings.policy is None else base / settings.policy
-    return settings.model_copy(update={"data": base / settings.data, "datasets": datasets, "policy": policy})
+    network, proxy = settings.network, settings.network.proxy
+    if proxy is not None and proxy.login_file is not None:
+        network = Network(proxy=proxy.model_copy(update={"login_file": base / proxy.login_file}))
+    return settings.model_copy(update={"data": base / settings.data, "datasets": datasets, "policy": policy, "network": network})
