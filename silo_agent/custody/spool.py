@@ -54,7 +54,9 @@ class Spool:
     def adopt(self, digest: str) -> bytes:
         """Verify a finished download and keep it. Raises IntegrityError, and forgets it, when it is something else."""
         part = self.partial(digest)
-        data = part.read_bytes()
+        with part.open("rb") as file:
+            data = file.read()
+            os.fsync(file.fileno())  # before the name says that it is whole
         if hashlib.sha256(data).hexdigest() != digest:
             part.unlink()
             raise IntegrityError("what was downloaded is not what its digest names; it was thrown away")
