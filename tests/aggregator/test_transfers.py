@@ -220,3 +220,16 @@ def test_sums_go_to_who_joined_and_nothing_else_goes_out(aggregator: TestAggrega
         with refused(MessageError, "a piece has 1 to"):
             silos[0].stub.Get(pb.GetRequest(digest=digest, length=length), timeout=5)
     assert driver.situation(aggregator.store.run(run), 0)
+
+
+def test_an_attempt_that_closes_while_its_upload_is_verified_takes_it_no_more(aggregator: TestAggregator, silo: FakeSilo) -> None:
+    """The early look has passed; what counts is the state inside the transaction that would make the upload durable."""
+    offer = silo.poll()
+    silo.stub.BeginUpload(silo.header(offer, silo.content(offer)), timeout=5)
+    upload = aggregator.store.upload("charite", hashlib.sha256(silo.content(offer)).digest())
+    assert upload is not None
+    aggregator.store.request_abort(offer.run, "tester")
+    until(lambda: aggregator.store.run(offer.run).phase == "aborted")
+    with pytest.raises(MessageError, match="takes no uploads any more: it is abandoned"):
+        aggregator.store.upload_durable(upload)
+    assert not any(one.kind == "upload-accepted" for one in records(aggregator))
