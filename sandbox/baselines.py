@@ -1,8 +1,8 @@
 """What the federation has to beat and to reach: each hospital alone, and all data in one place, on the same data and budget.
 
-Both train as a federation of one: the trainer's own code, the plan's rounds and server step, mu = 0 because nobody drifts from
-anybody. Alone takes the plan's steps a round, what its silo takes in the federation. Pooled takes the plan's steps times the
-number of hospitals: as many samples as the whole federation draws, and three times its optimizer steps.
+Both train as a federation of one: the trainer's own code, the plan's rounds, steps and server step, mu = 0 because nobody drifts
+from anybody. Alone draws the plan's batches, what its silo draws in the federation. Pooled draws batches as many times larger as
+there are hospitals: so it takes as many optimizer steps and sees as many samples as the whole federation.
 
 Only a sandbox can do this: it reads every hospital's snapshot in one process.
 """
@@ -72,7 +72,7 @@ def run_baselines(
 
 
 def _baseline(plan: Plan, owned: dict[str, Path], tests: dict[str, Path], seed: int) -> Dice:
-    training = plan.training.model_copy(update={"steps": plan.training.steps * len(owned)})
+    training = plan.training.model_copy(update={"batch_size": plan.training.batch_size * len(owned)})
     plan = plan.model_copy(update={"training": training})
     return evaluate_on_test(plan, train_alone(plan, pool_snapshots(owned), seed), tests)
 
