@@ -37,6 +37,7 @@ from wardround.plan import Plan, parse_plan
 
 MIN_VALIDATION_PATIENTS = 10  # below it a silo adds nothing to the cohort's metrics: a mean over few patients says too much
 HELPER_CHECK_S = 1.0
+MAX_REASON_CHARS = 500  # of a Refusal; the aggregator takes one line of at most that
 CLEAR_NOTE = "updates travelled in the clear: the aggregator could read each hospital's update"
 SEEDED_NOTE = "randomness came from a seed: reproducible, not private"
 
@@ -98,7 +99,10 @@ class Agent:
             offer = self.inbox.offer
             row = next_row(self.state.facts(offer.run), self._offered(offer))
             try:
-                self.perform(row, offer)
+                if isinstance(self.inbox.trouble, IntegrityError):
+                    self._wait(row, offer)  # its chain was cut: not even the offer at hand is served
+                else:
+                    self.perform(row, offer)
                 failures = 0
             except Superseded:
                 log.info("offer moved on", while_=row.name)
@@ -152,7 +156,7 @@ class Agent:
         return Offered(
             phase=pb.Phase.Name(offer.phase),
             attempt=(offer.facts.round, offer.facts.attempt),
-            rounds=0 if row is None else Run(row).plan.rounds,
+            rounds=0 if row is None or row["code"] is not None else Run(row).plan.rounds,  # a refused plan may not even parse
             in_cohort=self.silo in offer.facts.cohort,
             in_u3=self.silo in (signed.silo for signed in offer.uploads),
             summed_rounds=frozenset(total.facts.round for total in offer.sums),
@@ -172,7 +176,7 @@ class Agent:
             judge(self.policy, parsed)
             binding.check_classes(parsed.dataset, parsed.classes)
         except WardroundError as error:
-            code, reason = error.code, str(error)
+            code, reason = error.code, _one_line(error)
         self.state.judged(offer.run, plan, plan_digest, code, reason)
         log.info("plan judged", run=offer.run, accepted=code is None, reason=reason)
 
@@ -195,7 +199,7 @@ class Agent:
         except WardroundError as error:
             if error.retryable or type(error) is WardroundError:
                 raise
-            self.state.refuse(run.id, error.code, str(error))
+            self.state.refuse(run.id, error.code, _one_line(error))
             return
         self.state.snapshot_made(run.id, result.snapshot, result.patients)
         log.info("snapshot", patients=result.patients, quarantined=result.quarantined)
@@ -441,6 +445,12 @@ class Agent:
             late = isinstance(work, TrainerWork) and work.kind == "train" and now.facts.round > work.round
             if self.inbox.stopping or over or late:
                 raise Superseded
+
+
+def _one_line(error: WardroundError) -> str:
+    """A reason as a Refusal carries it."""
+    text = "; ".join(str(error).splitlines())
+    return text if len(text) <= MAX_REASON_CHARS else text[: MAX_REASON_CHARS - 3] + "..."
 
 
 def _attempt(offer: pb.Offer) -> Attempt:
