@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from wardround.errors import DataError, SettingsError
 from wardround.plan import Name, explain
 
+MAX_NOTE_CHARS = 500  # of one note in a Join
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +44,13 @@ class Dataset(_Part):
                 f"dataset {name!r} of this hospital binds no segment for {', '.join(unbound)} (bound: {bound}): "
                 "add it under labels.segments"
             )
+
+    @field_validator("note")
+    @classmethod
+    def _one_line(cls, value: str) -> str:
+        if len(value) > MAX_NOTE_CHARS or not value.isprintable():
+            raise ValueError(f"a dataset's note is one line of at most {MAX_NOTE_CHARS} characters: the aggregator takes no more")
+        return value
 
     @field_validator("declared_patients")
     @classmethod

@@ -43,6 +43,7 @@ def test_the_login_file_is_relative_to_the_file_too(write: Any, tmp_path: Path) 
         ({"datasets": {"Brain T1": BINDING}}, "datasets.Brain T1"),
         ({"datasets": {"brain-t1": {"source": "dicom"}}}, "datasets.brain-t1.labels: missing\ndatasets.brain-t1.declared_patients"),
         ({"datasets": {"brain-t1": BINDING | {"declared_patients": 0}}}, "greater than or equal to 1, got 0"),
+        ({"datasets": {"brain-t1": BINDING | {"note": "two\nlines"}}}, "note is one line of at most 500 characters"),
         ({"network": {"proxy": {"url": "https://proxy.example.org"}}}, "^network.proxy.url is http://host:port alone"),
         ({"network": {"proxy": {"url": "http://user:secret@proxy.example.org"}}}, "network.proxy.url"),
         ({"network": {"proxy": {"url": "http://proxy.example.org", "password": "secret"}}}, "network.proxy.password: unknown key"),
@@ -72,7 +73,7 @@ def test_a_login_in_the_proxys_address_is_not_repeated(write: Any) -> None:
 
 def test_files_that_are_no_settings(tmp_path: Path) -> None:
     path = tmp_path / "silo-agent.yaml"
-    with pytest.raises(SettingsError, match="^cannot read the settings: No such file or directory; name them with --config$"):
+    with pytest.raises(SettingsError, match=r"^cannot read the settings: No such file or directory; name them with --config$"):
         load_settings(path)
     path.write_text("data: [unclosed")
     with pytest.raises(SettingsError, match="not YAML"):
