@@ -71,7 +71,7 @@ def test_a_full_disk_changes_nothing_and_goes_on_later(spool: Spool, tmp_path: P
 
 def test_a_disk_that_cannot_be_written_is_said_in_the_systems_standard_words(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     full_disk(monkeypatch, errno.EROFS)
-    with pytest.raises(StorageError, match="the spool cannot be written: Read-only file system$"):
+    with pytest.raises(StorageError, match=r"the spool cannot be written: Read-only file system$"):
         spool.put(DATA)
 
 

@@ -206,7 +206,7 @@ def test_a_file_that_is_no_database_is_said_to_be_damaged(tmp_path: Path) -> Non
 
 
 def test_a_folder_that_is_not_there_is_said_without_its_path(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="^the silo's database refuses: unable to open database file$"):
+    with pytest.raises(StorageError, match=r"^the silo's database refuses: unable to open database file$"):
         State(tmp_path / "nowhere" / "state.sqlite", KEY)
 
 

@@ -101,12 +101,12 @@ def _tell(federation: Haunted, story: Story) -> Story:
 
 def _restore(federation: Haunted, death: str, row: str) -> None:
     """A hospital goes back to the backup of that moment; the row is what its agent then makes of the run that is over."""
-    before, after = f"agent.before.{row}", f"agent.after.{row}"
+    due = {f"trainer.at.{row}", f"agent.before.{row}", f"agent.after.{row}"}
     assert federation.silos[AGENT].stop() == 0
-    federation.deaths[AGENT].arm([before, after])
+    federation.deaths[AGENT].arm(due)
     copy_database(federation.backup(AGENT, death), federation.silo_database(AGENT))
     federation.silos[AGENT].restart()
-    federation.until(lambda: {before, after} <= federation.deaths[AGENT].died, f"the row {row!r}")
+    federation.until(lambda: due <= federation.deaths[AGENT].died, f"the row {row!r}")
 
 
 def _abort(federation: Haunted) -> None:

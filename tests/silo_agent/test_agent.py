@@ -3,6 +3,7 @@
 The aggregator of these tests is hostile where the test says so. Each lie is otherwise a whole, signed, consistent round.
 """
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
