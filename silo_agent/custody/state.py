@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silo_agent.round import NEVER, Attempt, Facts, Stance
 from wardround import audit
-from wardround.errors import ConflictError, StorageError
+from wardround.errors import ConflictError, SettingsError, StorageError
 from wardround.pb import federation_pb2 as pb
 
 BUSY_TIMEOUT_S = 10.0
@@ -105,6 +105,8 @@ class State:
     def __init__(self, path: Path, audit_key: Ed25519PrivateKey | None = None) -> None:
         """`audit_key` signs this silo's audit chain; without it (status, roster show) nothing can be written."""
         self._audit_key = audit_key
+        if audit_key is None and not path.exists():
+            raise SettingsError("NOT ENROLLED: run `silo-agent enroll` with the file the coordinator sent")
         try:
             self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
             self._db.row_factory = sqlite3.Row

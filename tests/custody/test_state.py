@@ -13,7 +13,7 @@ from silo_agent.round import Facts, Stance
 from tests.support.identities import ed25519, public
 from tests.support.plans import tiny
 from wardround.audit import verify_file
-from wardround.errors import ConflictError, StorageError
+from wardround.errors import ConflictError, SettingsError, StorageError
 from wardround.pb import federation_pb2 as pb
 
 PLAN = tiny()
@@ -208,6 +208,12 @@ def test_a_file_that_is_no_database_is_said_to_be_damaged(tmp_path: Path) -> Non
 def test_a_folder_that_is_not_there_is_said_without_its_path(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"^the silo's database refuses: unable to open database file$"):
         State(tmp_path / "nowhere" / "state.sqlite", KEY)
+
+
+def test_whoever_only_reads_makes_no_file(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="NOT ENROLLED"):
+        State(tmp_path / "state.sqlite")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_whoever_reads_decides_nothing(state: State, path: Path) -> None:

@@ -1,0 +1,148 @@
+"""What hospital IT types, beside an agent that may be running: answers on stdout, errors on one line, never a traceback."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from silo_agent.cli import main
+from tests.support.hospital import BINDING, Hospital
+from tests.support.identities import OPERATOR, ed25519, member
+from tests.support.plans import TINY
+from wardround.canonical import digest_name
+from wardround.errors import IdentityError
+from wardround.roster import parse_roster, propose, sign_roster
+
+Typed = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def hospital(tmp_path: Path) -> Iterator[Hospital]:
+    hospital = Hospital(tmp_path)
+    yield hospital
+    hospital.state.close()
+
+
+@pytest.fixture
+def typed(hospital: Hospital, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
+    """Types a command in the hospital: (exit status, stdout, stderr)."""
+
+    def type_(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["silo-agent", "--config", str(hospital.config), *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return status, out, err
+
+    return type_
+
+
+def refused(answer: tuple[int, str, str]) -> str:
+    """The one line of a command that did not work."""
+    status, out, err = answer
+    assert status != 0 and out == "" and err.startswith("error (") and err.count("\n") == 1, answer
+    return err
+
+
+def edit(hospital: Hospital, **changed: object) -> None:
+    hospital.config.write_text(yaml.safe_dump(yaml.safe_load(hospital.config.read_text()) | changed))
+
+
+def test_status_of_a_hospital_that_never_ran(typed: Typed) -> None:
+    status, out, _ = typed("status", "--json")
+    facts = json.loads(out)
+    assert status == 0 and (facts["silo"], facts["federation"]) == ("leuven", "neuro")
+    assert (facts["activity"], facts["runs"], facts["roster_version"]) == ("never started", [], 0)
+    assert "never started" in typed("status")[1]
+
+
+def test_status_says_what_runs_and_why_something_was_refused(hospital: Hospital, typed: Typed) -> None:
+    hospital.publish()
+    hospital.state.judged("tiny-1", b"{}", b"p" * 32, "policy", "this hospital takes no clear updates")
+    hospital.state.set_activity("waiting", "round 3 of 10 waits for uploads of charite")
+    facts = json.loads(typed("status", "--json")[1])
+    assert facts["activity"] == "waiting: round 3 of 10 waits for uploads of charite" and facts["roster_version"] == 1
+    (run,) = facts["runs"]
+    assert (run["run"], run["stance"], run["reason"]) == ("tiny-1", "refusing", "this hospital takes no clear updates")
+    text = typed("status")[1]
+    assert facts["activity"] in text
+    assert "tiny-1: refusing, model of round -1 this hospital takes no clear updates" in text
+
+
+def test_policy_check_says_yes_or_which_line_says_no(hospital: Hospital, typed: Typed, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(TINY)
+    status, out, _ = typed("policy", "check", plan, "--json")
+    assert status == 0 and json.loads(out)["accepted"] is True
+    (tmp_path / "policy.yaml").write_text("{}")
+    status, out, _ = typed("policy", "check", plan, "--json")
+    assert status == 3 and json.loads(out)["accepted"] is False and "allow_clear" in json.loads(out)["reason"]
+    assert "allow_clear" in refused(typed("policy", "check", plan))
+
+
+def test_policy_check_names_a_dataset_that_is_not_bound(typed: Typed, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(TINY.replace("brain-t1", "liver-ct"))
+    assert "error (data): this hospital binds no dataset 'liver-ct'" in refused(typed("policy", "check", tmp_path / "plan.yaml"))
+
+
+def test_roster_show_and_approve(hospital: Hospital, typed: Typed) -> None:
+    hospital.publish()
+    edit(hospital, roster_approval="manual")
+    facts = json.loads(typed("roster", "show", "--json")[1])
+    assert (facts["approved_version"], facts["newest_version"]) == (0, 1)
+    assert [silo["status"] for silo in facts["silos"]] == ["waiting"] * 3
+    assert len(facts["silos"][0]["words"].split()) == 8
+    assert "compare the words of the new hospitals by telephone" in typed("roster", "show")[1]
+    assert "look at it" in refused(typed("roster", "approve", "sha256:" + "0" * 64))
+    assert "64 hexadecimal digits" in refused(typed("roster", "approve", "version 1"))
+    assert "charite: added" in typed("roster", "approve", facts["newest_digest"])[1]
+    assert json.loads(typed("roster", "show", "--json")[1])["approved_version"] == 1
+
+
+def test_a_roster_that_another_operator_signed_is_not_shown(hospital: Hospital, typed: Typed) -> None:
+    roster = propose("neuro", None, [member("charite", 1)])
+    hospital.state.add_roster(1, sign_roster(roster, ed25519(66)), digest_name(roster.digest))
+    assert refused(typed("roster", "show")).startswith(f"error ({IdentityError.code}):")
+    assert parse_roster(sign_roster(roster, OPERATOR), OPERATOR.public_key().public_bytes_raw()) == roster
+
+
+def test_a_hospital_that_is_not_enrolled_is_told_how(typed: Typed, hospital: Hospital) -> None:
+    edit(hospital, data="elsewhere")
+    for command in (["status"], ["roster", "show"], ["run"]):
+        assert "NOT ENROLLED: " in refused(typed(*command)), command
+
+
+def test_settings_that_do_not_hold_are_named_by_key(typed: Typed, hospital: Hospital) -> None:
+    edit(hospital, datasets={"brain-t1": BINDING | {"declared_patients": 123}}, colour="blue")
+    said = refused(typed("status"))
+    assert said.startswith("error (settings): ") and "two significant digits" in said and "colour: unknown key" in said
+    hospital.config.unlink()
+    assert "cannot read the settings: No such file or directory" in refused(typed("status"))
+
+
+def test_a_seed_needs_the_policys_word(typed: Typed, tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text("{}")
+    assert "needs allow_seeded_noise: true in the policy" in refused(typed("run", "--seed", "7"))
+
+
+def test_keys_that_others_can_read_are_not_used(typed: Typed, hospital: Hospital) -> None:
+    (hospital.settings.data / "keys").chmod(0o755)
+    assert "run chmod 700 on it" in refused(typed("status"))
+
+
+def test_an_enrolment_file_that_is_none(typed: Typed, tmp_path: Path) -> None:
+    (tmp_path / "letter.yaml").write_text("dear hospital")
+    assert refused(typed("enroll", tmp_path / "letter.yaml")).startswith("error (settings): the enrolment file")
+
+
+@pytest.mark.parametrize("command", ["enroll", "run", "status", "data check", "policy check", "roster show", "roster approve"])
+def test_help_teaches(typed: Typed, command: str) -> None:
+    status, out, _ = typed(*command.split(), "--help")
+    assert status == 0 and "Example:" in out
