@@ -69,8 +69,8 @@ def _data(console: Console, seed: int) -> dict[str, Path]:
     started = time.monotonic()
 
     def progress(done: int, total: int) -> None:
-        end = "\n" if done == total else "\r"
-        console.print(f"writing DICOM: {done}/{total} patients, {time.monotonic() - started:.0f} s", end=end)
+        if done % 60 == 0 or done == total:
+            console.print(f"  {done}/{total} patients written, {time.monotonic() - started:.0f} s")
 
     console.print(f"data: {len(HOSPITALS)} hospitals x {NUM_PATIENTS} patients, DICOM written once and cached")
     return write_hospitals(cache, HOSPITALS, NUM_PATIENTS, seed, progress)
@@ -100,15 +100,16 @@ def _federate(console: Console, root: Path, plan: Plan, folders: dict[str, Path]
 
 def _watch(console: Console, federation: Federation, run: str, plan: Plan) -> int:
     """One line a round until the run ends. Returns the number of rounds that trained. Raises WardroundError when it fails."""
-    shown, situation = -1, ""
+    shown, situation = 0, ""
     while True:
         state = federation.show(run)
-        for total in state["completed"][shown + 1 :]:
-            shown += 1
-            means = total["means"]
-            dice = f"Dice {means['dice']:.3f}" if "dice" in means else "no metrics"
-            measured = f"model of round {total['round'] - 1:>2}/{plan.rounds}"
-            console.print(f"  {measured}: validation {dice}, {len(total['in_sum'])} hospitals in the sum")
+        for total in state["completed"]:
+            if total["round"] > shown and "dice" in total["means"]:
+                shown = total["round"]
+                measured = f"model of round {shown - 1:>2}/{plan.rounds}"
+                console.print(
+                    f"  {measured}: validation Dice {total['means']['dice']:.3f}, {len(total['in_sum'])} hospitals in the sum"
+                )
         if state["phase"] == "pending" and state["situation"] != situation:
             situation = state["situation"]
             console.print(f"  {situation}")

@@ -153,13 +153,15 @@ class Agent:
 
     def _offered(self, offer: pb.Offer) -> Offered:
         row = self.state.run(offer.run)
+        plan = None if row is None or row["code"] is not None else Run(row).plan  # a refused plan may not even parse
         return Offered(
             phase=pb.Phase.Name(offer.phase),
             attempt=(offer.facts.round, offer.facts.attempt),
-            rounds=0 if row is None or row["code"] is not None else Run(row).plan.rounds,  # a refused plan may not even parse
+            rounds=plan.rounds if plan else 0,
             in_cohort=self.silo in offer.facts.cohort,
             in_u3=self.silo in (signed.silo for signed in offer.uploads),
             summed_rounds=frozenset(total.facts.round for total in offer.sums),
+            validate_every=plan.validate_every if plan else 1,
         )
 
     # --- the run's beginning ---------------------------------------------------------------------------------------------------
@@ -277,7 +279,7 @@ class Agent:
             update = np.frombuffer(self.spool.get(event["update_digest"]), dtype="<f4")
             rounding = derive(event["random_key"], b"wardround/rounding/1")
             encoded = encode(update, run.layout, _exponents(model), declared[self.silo] / facts.cap, rounding)
-        metrics = json.loads(model["metrics"]) if model["num_validation"] >= MIN_VALIDATION_PATIENTS else None
+        metrics = json.loads(model["metrics"]) if (model["num_validation"] or 0) >= MIN_VALIDATION_PATIENTS else None
         control = control_chunk(run.control(facts.round), declared[self.silo], encoded, metrics, ctx, CLEAR_EPOCH_SECRET)
         content = upload_bytes(control, encoded)
         header = pb.UploadHeader(

@@ -70,6 +70,7 @@ class Offered:
     in_cohort: bool = False
     in_u3: bool = False  # this silo's upload is among those to seal
     summed_rounds: frozenset[int] = frozenset()  # rounds whose published sum is on offer
+    validate_every: int = 1  # of the plan
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ def _trains(offer: Offered) -> bool:
     return _open(offer) and offer.attempt[0] <= offer.rounds
 
 
+def _validates(facts: Facts, offer: Offered) -> bool:
+    """Whether the model this silo holds is measured: the initial and the last one always."""
+    model_round = facts.model_round
+    return model_round == offer.rounds or (model_round < offer.rounds and model_round % offer.validate_every == 0)
+
+
 # The first row that holds is what happens next.
 TABLE: tuple[Row, ...] = (
     Row("idle", lambda facts, offer: offer.phase == "IDLE", Action.WAIT),
@@ -100,7 +107,7 @@ TABLE: tuple[Row, ...] = (
     Row("initialize", lambda facts, offer: facts.model_round < 0, Action.INITIALIZE),
     Row("join", lambda facts, offer: facts.stance is Stance.ACCEPTED, Action.JOIN),
     Row("apply", lambda facts, offer: facts.model_round + 1 in offer.summed_rounds, Action.APPLY),
-    Row("evaluate", lambda facts, offer: facts.evaluated_round < min(facts.model_round, offer.rounds), Action.EVALUATE),
+    Row("evaluate", lambda facts, offer: facts.evaluated_round < facts.model_round and _validates(facts, offer), Action.EVALUATE),
     Row("report", lambda facts, offer: facts.reported_round < facts.model_round, Action.REPORT),
     Row("close", lambda facts, offer: offer.phase == "COMPLETED", Action.CLOSE),
     Row("open event", lambda facts, offer: _trains(offer) and facts.event_round < offer.attempt[0], Action.OPEN_EVENT),

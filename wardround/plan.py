@@ -135,6 +135,8 @@ class Plan(_Part):
     training: Training
     aggregation: Aggregation
     rounds: Annotated[int, Field(ge=1, le=10_000)]
+    validate_every: Count = 1
+    """Every how many rounds the global model is measured on the validation patients; the initial and the last one always are."""
     release: Literal["registry", "silos-only"]
 
     @model_validator(mode="after")

@@ -62,6 +62,14 @@ def effect(facts: Facts, action: Action, offer: Offered) -> Facts:
     return replace(facts, **changes[action])  # type: ignore[arg-type]
 
 
+def test_only_every_fifth_model_is_measured_and_the_first_and_last() -> None:
+    def measured(model_round: int) -> bool:
+        offer = Offered("WAITING", (0, 0), rounds=12, validate_every=5)
+        return decide(replace(JOINED, model_round=model_round, reported_round=model_round), offer) is Action.EVALUATE
+
+    assert [model_round for model_round in range(14) if measured(model_round)] == [0, 5, 10, 12]
+
+
 def test_a_second_attempt_trains_nothing_and_encodes_again() -> None:
     facts = replace(JOINED, evaluated_round=0, event_round=1, update_round=1, encoded=(1, 1), uploaded=(1, 1))
     assert decide(facts, offered("OPEN", 1, attempt=2)) is Action.ENCODE
