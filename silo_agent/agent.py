@@ -5,6 +5,7 @@ import json
 import os
 import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork
 from wardround import PROTOCOL, PROTOCOL_OLDEST, VERSION
 from wardround.canonical import canonical_json, frame, sha256
 from wardround.chunks import ControlMap, clear_coefficients, metric_names, num_chunks
-from wardround.errors import Disconnected, IntegrityError, MessageError, WardroundError
+from wardround.errors import Disconnected, IntegrityError, MessageError, StorageError, WardroundError
 from wardround.layout import Layout, layout_of
 from wardround.messages import run_ctx, sign, statement_digest
 from wardround.pb import federation_pb2 as pb
@@ -96,20 +97,21 @@ class Agent:
         failures = 0
         while not self.inbox.stopping:
             self.inbox.changed.clear()
-            offer = self.inbox.offer
-            row = next_row(self.state.facts(offer.run), self._offered(offer))
+            offer, doing = self.inbox.offer, "decide"
             try:
+                row = next_row(self.state.facts(offer.run), self._offered(offer))
+                doing = row.action.value
                 if isinstance(self.inbox.trouble, IntegrityError):
                     self._wait(row, offer)  # its chain was cut: not even the offer at hand is served
                 else:
                     self.perform(row, offer)
                 failures = 0
             except Superseded:
-                log.info("offer moved on", while_=row.name)
+                log.info("offer moved on", action=doing)
             except WardroundError as error:
                 failures += 1
-                log.warning("action failed", action=row.action.value, code=error.code, reason=str(error))
-                self._be("troubled", f"{row.action.value}: {error}")
+                log.warning("action failed", action=doing, code=error.code, reason=str(error))
+                self._be("troubled", f"{doing}: {error}")
                 self.inbox.pause(failures if error.retryable else max(failures, 6))
         self._be("stopped", "")
 
@@ -147,9 +149,11 @@ class Agent:
         )
 
     def _be(self, word: str, detail: str) -> None:
+        """For `silo-agent status`; a disk that cannot keep it stops nothing."""
         if f"{word} {detail}" != self._activity:
             self._activity = f"{word} {detail}"
-            self.state.set_activity(word, detail)
+            with suppress(StorageError):
+                self.state.set_activity(word, detail)
 
     def _offered(self, offer: pb.Offer) -> Offered:
         row = self.state.run(offer.run)

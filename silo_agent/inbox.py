@@ -59,6 +59,10 @@ class Inbox:
                 failures += 1
                 self._troubled(error)
                 self.pause(failures)
+            except Exception:
+                log.exception("inbox failed")  # a thread that ended would leave the run without this silo, and nobody told
+                failures += 1
+                self.pause(failures)
 
     def _troubled(self, error: WardroundError | None) -> None:
         """One log line when the state changes, not one per failure."""

@@ -29,7 +29,7 @@ from tests.support.plans import tiny
 from wardround import audit
 from wardround.canonical import sha256
 from wardround.chunks import CLEAR_HE_DIGEST, ControlMap, clear_coefficients, metric_names, num_chunks
-from wardround.errors import ConflictError, DataError, IntegrityError, MessageError, WardroundError
+from wardround.errors import ConflictError, DataError, IntegrityError, MessageError, StorageError, WardroundError
 from wardround.layout import layout_of
 from wardround.messages import NO_EPOCH, cohort_digest, opened, round_ctx, run_ctx, sign
 from wardround.pb import federation_pb2 as pb
@@ -443,3 +443,23 @@ def test_the_loop_outlives_an_action_that_fails(world: World, monkeypatch: pytes
     world.helpers.snapshot = WardroundError("the ingest failed with MemoryError")
     world.agent.run()
     assert pauses == [6, 6]  # not retryable by itself: it waits longer from the first failure on
+
+
+def test_a_locked_or_full_database_is_waited_for_and_nothing_ends(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the decision nor the note of what it is doing can be read or kept."""
+    pauses: list[int] = []
+
+    def locked(*_: object) -> None:
+        raise StorageError("locked")
+
+    def pause(failures: int) -> None:
+        pauses.append(failures)
+        if len(pauses) == 3:
+            world.agent.inbox.stop()
+
+    monkeypatch.setattr(world.agent.inbox, "start", lambda: None)
+    monkeypatch.setattr(world.agent.inbox, "pause", pause)
+    monkeypatch.setattr(world.state, "facts", locked)
+    monkeypatch.setattr(world.state, "set_activity", locked)
+    world.agent.run()
+    assert pauses == [1, 2, 3]

@@ -76,6 +76,13 @@ def test_what_cannot_be_attended_is_not_an_offer(start: Callable[..., Inbox]) ->
     assert inbox.offer.run == "a" and str(inbox.trouble) == "the chain was cut"
 
 
+def test_what_nobody_thought_of_does_not_end_it(start: Callable[..., Inbox]) -> None:
+    script = Script(ValueError("from some library"), pb.Offer(run="a", etag=b"1"))
+    inbox = start(script)
+    polled(script, 3)
+    assert inbox.offer.run == "a"
+
+
 def test_trouble_is_told_and_over_when_an_answer_comes(start: Callable[..., Inbox]) -> None:
     script = Script(Disconnected("away"))
     inbox = start(script)
