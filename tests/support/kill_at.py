@@ -78,7 +78,7 @@ def haunt_agent(deaths: Deaths) -> None:
         if work_id and deaths.take(f"{request.program}.during.{at['row']}"):
             os.kill(at["helpers"][request.program].pid, signal.SIGKILL)
 
-    Agent.perform, Desk.Take = performed, taken  # type: ignore[method-assign]
+    Agent.perform, Desk.Take = performed, taken
 
 
 def haunt_aggregator(deaths: Deaths) -> None:
@@ -107,7 +107,7 @@ def haunt_aggregator(deaths: Deaths) -> None:
             deaths.die(f"aggregator.after.{at['row']}")
         return acted
 
-    driver.next_row, driver.Driver.perform, driver.Driver.step = decided, performed, stepped  # type: ignore[method-assign]
+    driver.next_row, driver.Driver.perform, driver.Driver.step = decided, performed, stepped
 
 
 def main() -> None:
