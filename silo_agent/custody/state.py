@@ -2,6 +2,7 @@
 record of a decision is in the same transaction as the decision."""
 
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,11 +101,12 @@ def now_ms() -> int:
 
 
 class State:
-    """The silo's store. One process writes (the agent); the command line reads beside it."""
+    """The silo's store. One process writes (the agent: its loop and its inbox); the command line reads beside it."""
 
     def __init__(self, path: Path, audit_key: Ed25519PrivateKey | None = None) -> None:
         """`audit_key` signs this silo's audit chain; without it (status, roster show) nothing can be written."""
         self._audit_key = audit_key
+        self._lock = threading.RLock()  # one connection, two threads: a transaction belongs to one of them
         if audit_key is None and not path.exists():
             raise SettingsError("NOT ENROLLED: run `silo-agent enroll` with the file the coordinator sent")
         try:
@@ -121,17 +123,18 @@ class State:
         self._db.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
+    def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
+        with self._lock:
             try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise _storage(error) from None
+                self._db.execute(begin)
+                try:
+                    yield self._db
+                except BaseException:
+                    self._db.execute("ROLLBACK")
+                    raise
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise _storage(error) from None
 
     def _record(self, db: sqlite3.Connection, kind: str, body: dict[str, Any]) -> None:
         if self._audit_key is None:
@@ -139,14 +142,13 @@ class State:
         audit.append_row(db, self._audit_key, now_ms(), kind, body)
 
     def _one(self, query: str, *values: Any) -> Any:
-        try:
-            return self._db.execute(query, values).fetchone()
-        except sqlite3.Error as error:
-            raise _storage(error) from None
+        rows = self._all(query, *values)
+        return rows[0] if rows else None
 
     def _all(self, query: str, *values: Any) -> list[sqlite3.Row]:
         try:
-            return self._db.execute(query, values).fetchall()
+            with self._lock:
+                return self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise _storage(error) from None
 
@@ -207,14 +209,8 @@ class State:
 
     def facts(self, run: str) -> Facts:
         """What the round table decides on."""
-        try:
-            self._db.execute("BEGIN")
-            try:
-                return self._facts(run)
-            finally:
-                self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise _storage(error) from None
+        with self._transaction("BEGIN"):
+            return self._facts(run)
 
     def _facts(self, run: str) -> Facts:
         row = self.run(run)

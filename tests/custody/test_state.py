@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,21 @@ def test_whoever_reads_decides_nothing(state: State, path: Path) -> None:
         reader.judged(RUN, b"{}", b"p" * 32, None, "")
     assert reader.facts(RUN) == Facts(Stance.UNKNOWN)
     reader.close()
+
+
+def test_the_loop_and_the_inbox_share_the_store(tmp_path: Path) -> None:
+    """Two threads at work at once: no transaction of one is begun inside the other's."""
+    state = State(tmp_path / "state.sqlite", ed25519("two-threads"))
+    state.judged("run-1", b"{}", b"d" * 32, None, "")
+
+    def write(word: str) -> None:
+        for count in range(100):
+            state.set_activity(word, str(count))
+
+    def read(_: str) -> None:
+        for _number in range(200):
+            assert state.facts("run-1").stance is Stance.ACCEPTED
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work, word) for work, word in ((write, "a"), (read, ""), (write, "b"), (read, ""))]:
+            done.result()
