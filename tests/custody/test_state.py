@@ -227,7 +227,7 @@ def test_whoever_reads_decides_nothing(state: State, path: Path) -> None:
 
 def test_the_loop_and_the_inbox_share_the_store(tmp_path: Path) -> None:
     """Two threads at work at once: no transaction of one is begun inside the other's."""
-    state = State(tmp_path / "state.sqlite", ed25519("two-threads"))
+    state = State(tmp_path / "state.sqlite", ed25519(9))
     state.judged("run-1", b"{}", b"d" * 32, None, "")
 
     def write(word: str) -> None:
