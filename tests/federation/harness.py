@@ -90,6 +90,15 @@ class Haunted(Federation):
             assert time.monotonic() < deadline, f"{what} did not happen\n{self.tell()}"
             time.sleep(0.1)
 
+    def end(self, program: Program) -> None:
+        """SIGTERM ends it, if need be after a death that was due first (or while it still imports, which has no handler yet)."""
+        for _ in range(5):
+            status = program.stop()
+            if status != -signal.SIGKILL:
+                break
+            program.restart()
+        assert status in (0, -signal.SIGTERM), f"{program.name} ended with {status}:\n{program.last_lines(30)}"
+
     def all_programs(self) -> list[Program]:
         return [program for program in (self.aggregator, *self.silos.values()) if program is not None]
 

@@ -92,7 +92,7 @@ def _tell(federation: Haunted, story: Story) -> Story:
     _abort(federation)
     _refuse(federation)
     for program in federation.all_programs():
-        assert program.stop() == 0
+        federation.end(program)
     story.accepted = records(federation.aggregator_database, "upload-accepted")
     story.died = frozenset().union(*(deaths.died for deaths in federation.deaths.values()))
     story.verified = [*(federation.verify(head_from=silo) for silo in NAMES), *(federation.verify(silo) for silo in NAMES)]
@@ -102,7 +102,7 @@ def _tell(federation: Haunted, story: Story) -> Story:
 def _restore(federation: Haunted, death: str, row: str) -> None:
     """A hospital goes back to the backup of that moment; the row is what its agent then makes of the run that is over."""
     due = {f"trainer.at.{row}", f"agent.before.{row}", f"agent.after.{row}"}
-    assert federation.silos[AGENT].stop() == 0
+    federation.end(federation.silos[AGENT])
     federation.deaths[AGENT].arm(due)
     copy_database(federation.backup(AGENT, death), federation.silo_database(AGENT))
     federation.silos[AGENT].restart()
@@ -242,7 +242,8 @@ def removed(aggregator: ProcessAggregator, silos: list[FakeSilo]) -> None:
     for silo in silos:
         silo.seals = True
     aggregator.until(lambda: aggregator.store.run(run).phase == "completed", silos[:3])
-    assert aggregator.store.abandoned(run)[0].reason.startswith("utrecht was removed")
+    reason = aggregator.store.abandoned(run)[0].reason
+    assert reason == "utrecht was removed from the federation after its upload was sealed"
 
 
 def _phase(aggregator: ProcessAggregator, run: str) -> str:

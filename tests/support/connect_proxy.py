@@ -61,13 +61,18 @@ class ConnectProxy:
                 if not piece:
                     return
                 head += piece
-            status = self._judge(head)
+            status, outside = self._judge(head), None
+            if status.startswith("200"):
+                try:
+                    host, port = self.target.rsplit(":", 1)
+                    outside = socket.create_connection((host, int(port)))
+                except OSError:
+                    status = "502 nobody answers"
             inside.sendall(f"HTTP/1.1 {status}\r\n\r\n".encode())
-            if not status.startswith("200"):
+            if outside is None:
                 self.refusals.append(status)
                 return
-            host, port = self.target.rsplit(":", 1)
-            with socket.create_connection((host, int(port))) as outside:
+            with outside:
                 self.tunnels += 1
                 self._open |= {inside, outside}
                 back = threading.Thread(target=self._carry, args=(outside, inside, False), daemon=True)
