@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 import yaml
 
 from silo_agent.cli import main
@@ -27,7 +28,7 @@ def hospital(tmp_path: Path) -> Iterator[Hospital]:
 
 
 @pytest.fixture
-def typed(hospital: Hospital, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
+def typed(hospital: Hospital, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Typed]:
     """Types a command in the hospital: (exit status, stdout, stderr)."""
 
     def type_(*arguments: str | Path) -> tuple[int, str, str]:
@@ -41,7 +42,8 @@ def typed(hospital: Hospital, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         assert "Traceback" not in err
         return status, out, err
 
-    return type_
+    yield type_
+    structlog.reset_defaults()  # `run` configures the log on this test's stderr
 
 
 def refused(answer: tuple[int, str, str]) -> str:
