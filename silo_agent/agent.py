@@ -114,6 +114,8 @@ class Agent:
                 self._be("troubled", f"{doing}: {error}")
                 self.inbox.pause(failures if error.retryable else max(failures, 6))
         self._be("stopped", "")
+        self.membership.hang_up()  # ends the long poll at hand
+        self.inbox.join()
 
     def perform(self, row: Row, offer: pb.Offer) -> None:
         """One action. Kill tests wrap this method."""

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,7 +112,8 @@ def run(
         helpers = {program: Helper(program, desk.address) for program in MODULES}
         agent = Agent(settings, policy, keys, state, desk, helpers, seed)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: agent.inbox.stop())
+            # In a thread: a handler that interrupts the loop at the wrong instruction would wait for a lock the loop holds.
+            signal.signal(number, lambda *_: threading.Thread(target=agent.inbox.stop).start())
         log.info("silo agent", silo=agent.silo, federation=agent.federation, seeded=seed is not None)
         try:
             agent.run()

@@ -10,6 +10,7 @@ from wardround.errors import WardroundError
 from wardround.pb import federation_pb2 as pb
 
 MAX_BACKOFF_S = 30.0
+JOIN_S = 5.0
 
 
 class Inbox:
@@ -32,6 +33,10 @@ class Inbox:
     def stop(self) -> None:
         self._stop.set()
         self.changed.set()
+
+    def join(self) -> None:
+        """After `stop`: until its thread has left the state alone."""
+        self._thread.join(JOIN_S)
 
     @property
     def stopping(self) -> bool:

@@ -35,6 +35,12 @@ class Membership:
             self._client = connect(self._target, Credentials(*self._keys.tls_material()), self._settings)
         return self._client
 
+    def hang_up(self) -> None:
+        """End every call at hand; the next `dial` connects again."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
     def _renew(self, client: Client) -> None:
         """At two thirds of the leaf's life: a new key, a new certificate, a new channel. The old one drains by itself."""
         if not self._keys.renewal_due(tls.utc_now()):

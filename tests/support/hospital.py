@@ -24,6 +24,9 @@ AGGREGATOR = ed25519(100)  # signs the audit heads
 class Client:
     """The aggregator as the agent's client shows it: remembers what was sent, serves what `blobs` hold."""
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def __init__(self) -> None:
         self.posted: list[pb.Signed] = []
         self.uploads: list[bytes] = []
