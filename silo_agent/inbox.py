@@ -36,7 +36,8 @@ class Inbox:
 
     def join(self) -> None:
         """After `stop`: until its thread has left the state alone."""
-        self._thread.join(JOIN_S)
+        if self._thread.is_alive():
+            self._thread.join(JOIN_S)
 
     @property
     def stopping(self) -> bool:
