@@ -54,11 +54,15 @@ class Haunted(Federation):
         return [sys.executable, "-m", "tests.support.kill_at", folder, Path(program).name, *arguments]
 
     def start_silo(self, silo: str) -> None:
-        """The same split of the patients in every test, with some to train on at every hospital."""
+        """The same split of the patients in every test, with some to train on at every hospital; `without-NAME` is a dataset
+        that NAME alone does not bind."""
         folder = self.silo_folder(silo)
         (folder / "data" / "keys" / "split.key").write_bytes(silo.ljust(32, "1").encode())
         file = folder / "silo-agent.yaml"
-        file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | self.settings.get(silo, {})))
+        settings = yaml.safe_load(file.read_text()) | self.settings.get(silo, {})
+        bound = settings["datasets"]["brain-t1"]
+        settings["datasets"] |= {f"without-{other}": bound for other in NAMES if other != silo}
+        file.write_text(yaml.safe_dump(settings))
         super().start_silo(silo)
 
     def set_up(self) -> None:
