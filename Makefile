@@ -15,7 +15,7 @@ help:
 	@echo "  make lint         style, types, import contracts, generated code"
 	@echo "  make lock         pin requirements/*.txt anew after a change of pyproject.toml"
 	@echo
-	@echo "The first of them installs 5.3 GB into .venv. Downloads are kept in WARDROUND_CACHE (default ~/.cache/wardround) and uv's cache."
+	@echo "The first of them installs 5.7 GB into .venv. Downloads are kept in WARDROUND_CACHE (default ~/.cache/wardround) and uv's cache."
 
 setup:
 	@scripts/setup

@@ -210,6 +210,7 @@ class Agent:
             self.state.refuse(run.id, error.code, _one_line(error))
             return
         self.state.snapshot_made(run.id, result.snapshot, result.patients)
+        self.helpers["ingest"].stop()  # its libraries hold 0.7 GB; a run needs it once
         log.info("snapshot", patients=result.patients, quarantined=result.quarantined)
 
     def _initialize(self, offer: pb.Offer) -> None:
@@ -381,6 +382,7 @@ class Agent:
     def _close(self, offer: pb.Offer) -> None:
         row = self.state.run(offer.run)
         self.state.set_stance(offer.run, Stance.CLOSED)
+        self.helpers["trainer"].stop()  # frees the GPU for whoever is next
         log.info("run over", run=offer.run, how=pb.Phase.Name(offer.phase), model_round=None if row is None else row["model_round"])
 
     # --- what actions share ----------------------------------------------------------------------------------------------------

@@ -68,6 +68,9 @@ class Helpers:
     def ensure(self) -> bool:
         return False
 
+    def stop(self) -> None:
+        """Nothing runs."""
+
 
 class World:
     """leuven's agent and what is offered to it."""

@@ -1,0 +1,73 @@
+"""The demo as a newcomer runs it, and what its last screen promises."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from sandbox.demo import NUM_PATIENTS, PLAN, demo
+from sandbox.federation import FEDERATION, SIMULATED, free_port
+from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
+from wardround.plan import load_plan
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+HOSPITALS = {"st-marys", "charite", "leuven"}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any], str]]:
+    """The demo's folder, its result, and its screen."""
+    root = tmp_path_factory.mktemp("demo") / "demo"
+    with pytest.MonkeyPatch.context() as patch:
+        screen: list[str] = []
+        patch.setattr("sandbox.demo.Console.print", lambda self, *what, **how: screen.append(" ".join(map(str, what))))
+        value = demo(root, seed=1)
+    yield root, value, "\n".join(screen)
+
+
+def test_the_federation_beats_a_hospital_alone_and_comes_close_to_pooling(told: tuple[Path, dict[str, Any], str]) -> None:
+    metric = told[1]["metric"]
+    assert metric["federated"] >= metric["local_mean"] + 0.05
+    assert metric["federated"] >= 0.95 * metric["pooled"]
+
+
+def test_the_result_has_what_others_read(told: tuple[Path, dict[str, Any], str]) -> None:
+    root, value, screen = told
+    assert json.loads((root / "result.json").read_text()) == value
+    assert value["task"] == "segmentation" and value["epsilon"] is None and value["delta"] is None
+    assert value["rounds_completed"] == load_plan(PLAN).rounds and value["audit_verified"] is True
+    assert value["silos"].keys() == HOSPITALS and value["metric"]["worst_silo"] in HOSPITALS
+    assert 0 < value["peak_memory_bytes"] <= 4e9
+    assert 4 <= value["upload_bytes_per_parameter"] <= 8
+    assert SIMULATED in screen and "in the clear" in screen and "make mlflow" in screen
+
+
+def test_mlflow_has_the_curve_and_says_what_the_patients_are(told: tuple[Path, dict[str, Any], str]) -> None:
+    plan, port = load_plan(PLAN), free_port()
+    process = start_mlflow(told[0] / "mlflow", port)
+    try:
+        client = MlflowClient(wait_for_mlflow(process, port))
+        experiment = client.get_experiment_by_name(f"{FEDERATION}/{plan.name}")
+        run = next(run for run in client.search_runs([experiment.experiment_id]) if "mlflow.parentRunId" not in run.data.tags)
+        curve = client.get_metric_history(run.info.run_id, "validation/dice")
+        assert [point.step for point in curve] == sorted({*range(0, plan.rounds, plan.validate_every), plan.rounds})
+        assert "simulated" in run.data.tags["mlflow.note.content"]
+        assert run.data.params["training.mu"] == str(plan.training.mu)
+    finally:
+        stop_mlflow(process)
+
+
+def test_no_identifier_of_a_patient_left_a_hospital(told: tuple[Path, dict[str, Any], str]) -> None:
+    """Names and numbers as the sandbox's DICOM has them, in every log and database beyond the DICOM folders."""
+    from pydicom import dcmread
+
+    cache = Path(os.environ.get("WARDROUND_CACHE", Path.home() / ".cache" / "wardround")) / "dicom"
+    header = dcmread(next(path for path in cache.rglob("*.dcm")), stop_before_pixels=True)
+    secrets = [str(header.PatientName).encode(), str(header.PatientID).encode(), str(header.StudyInstanceUID).encode()]
+    beyond = [path for path in told[0].rglob("*") if path.is_file()]
+    assert len(beyond) > NUM_PATIENTS // 10
+    assert not [path for path in beyond for secret in secrets if secret in path.read_bytes()]
