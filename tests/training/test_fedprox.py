@@ -114,3 +114,11 @@ def test_leaves_the_gradients_it_is_given_alone() -> None:
     own = torch.tensor([2.0])
     local_update([torch.tensor([1.0])], [lambda: [own]] * 3, mu=0.0, learning_rate=0.5, momentum=0.9)
     assert own.item() == 2.0
+
+
+def test_without_mu_no_operation_is_added() -> None:
+    """0 * (theta - theta_global) is not nothing: it turns -0.0 into 0.0, and an infinite theta into NaN."""
+    for start, own, expected in ((-0.0, -0.0, "0.0"), (0.0, -float("inf"), "inf")):
+        theta = torch.tensor([start])
+        local_update([theta], [lambda own=own: [torch.tensor([own])]] * 2, mu=0.0, learning_rate=1.0, momentum=0.0)
+        assert str(theta.item()) == expected
