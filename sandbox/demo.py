@@ -194,6 +194,7 @@ def show(console: Console, plan: Plan, federated: Dice, baselines: Baselines, va
         f"federated is {metric['federated'] - metric['local_mean']:+.3f} Dice against the mean hospital alone, "
         f"{metric['federated'] / metric['pooled']:.3f} of pooled; the worst served hospital is {metric['worst_silo']}"
     )
+    console.print("pooled draws three times the batch: as many steps and samples as the federation; no hospital could do that")
     console.print(f"audit chains verified; updates travelled in the clear, no differential privacy yet\n{SIMULATED}")
     console.print(f"{value['seconds']:.0f} s, {value['peak_memory_bytes'] / 1e9:.1f} GB resident at most")
     console.print("next: make mlflow    opens the curves, the parameters and the lineage of this run")

@@ -1,5 +1,6 @@
 """A federation on this machine out of the real programs, set up by the commands that people type."""
 
+import hashlib
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import yaml
 
 from sandbox.processes import Program, Programs, call, tool, wait_until
 from wardround.canonical import canonical_json
+from wardround.keyfiles import write_secret
 
 FEDERATION = "neuro"
 SIMULATED = "patients are simulated from one real anatomy (MNI152): no figure here says anything about clinical use"
@@ -114,6 +116,9 @@ class Federation:
 
     def _enroll(self, site: Site) -> None:
         self.at_silo(site.name, "enroll", str(self.root / "letters" / f"wardround-{site.name}.yaml"))
+        if self.seed is not None:  # the same patients validate and test each time, so that a figure can be checked
+            secret = hashlib.sha256(f"{self.seed} {site.name}".encode()).digest()
+            write_secret(self.silo_folder(site.name) / "data" / "keys" / "split.key", secret, replace=True)
 
     # --- running ---------------------------------------------------------------------------------------------------------------
 

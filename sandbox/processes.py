@@ -96,7 +96,8 @@ def call(command: list[str], stdin: bytes = b"") -> bytes:
 
 
 class PeakMemory:
-    """The largest sum of resident bytes of this process and all below it, sampled once a second. Shared pages count in each."""
+    """The most memory that this process and all below it held at once, sampled once a second: proportional set size, so a page
+    that several of them share counts once."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0
@@ -121,8 +122,8 @@ def _resident_bytes() -> int:
     me = psutil.Process()
     for process in [me, *me.children(recursive=True)]:
         try:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:
+            total += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # ended meanwhile
             continue
     return total
 
