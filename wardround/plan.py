@@ -85,7 +85,7 @@ class Data(_Part):
 
 
 class Optimizer(_Part):
-    """SGD inside a silo, bit for bit what torch.optim.SGD computes. `schedule: cosine` lets the rate fall to zero over the run's rounds."""
+    """SGD in a silo, bit for bit what torch.optim.SGD computes. `schedule: cosine` lets the rate fall to zero over the rounds."""
 
     name: Literal["sgd"]
     learning_rate: Positive
