@@ -29,7 +29,7 @@ from wardround.plan import Plan, load_plan
 PLAN = Path(__file__).parents[1] / "configs" / "plans" / "brain-tissue.yaml"
 NUM_PATIENTS = 120  # a hospital
 DECLARED_PATIENTS = 120
-LOOK_S = 0.5
+LOOK_S = 4.0  # a look is a program that starts: a second of one core
 MLFLOW_S = 60.0
 
 
