@@ -71,7 +71,9 @@ def load_settings(path: Path) -> Settings:
             raise SettingsError("the settings are a mapping of keys to values")
         settings = Settings(**value)
     except OSError as error:
-        raise SettingsError(f"cannot read the settings: {error.strerror}; name them with --config") from None
+        raise SettingsError(
+            f"cannot read the settings {path.name}: {error.strerror}; name them before the command, with --config FILE"
+        ) from None
     except yaml.YAMLError:
         raise SettingsError("the settings are not YAML") from None
     except ValidationError as error:

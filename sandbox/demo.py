@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from sandbox.baselines import Baselines, Dice, evaluate_on_test, mean_dice, run_baselines
 from sandbox.dicom import write_hospitals
-from sandbox.federation import SIMULATED, Federation, Site, free_port
+from sandbox.federation import FEDERATION, SIMULATED, Federation, Site, free_port
 from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
 from sandbox.processes import PeakMemory, Programs, call, tool, wait_until
 from sandbox.scanner import HOSPITALS
@@ -190,11 +191,15 @@ def show(console: Console, plan: Plan, federated: Dice, baselines: Baselines, va
     table.add_section()
     table.add_row("mean", *(f"{cell:.3f}" for cell in (metric["federated"], home, metric["local_mean"], metric["pooled"])))
     console.print(table)
-    console.print(
-        f"federated is {metric['federated'] - metric['local_mean']:+.3f} Dice against the mean hospital alone, "
-        f"{metric['federated'] / metric['pooled']:.3f} of pooled; the worst served hospital is {metric['worst_silo']}"
+    say = partial(console.print, soft_wrap=True)
+    say(
+        f"federated is {metric['federated'] - metric['local_mean']:+.3f} Dice against a hospital alone, everywhere, and "
+        f"{metric['federated'] - home:+.3f} against one alone, at home; {metric['federated'] / metric['pooled']:.3f} of pooled; "
+        f"the worst served hospital is {metric['worst_silo']}"
     )
-    console.print("pooled draws three times the batch: as many steps and samples as the federation; no hospital could do that")
-    console.print(f"audit chains verified; updates travelled in the clear, no differential privacy yet\n{SIMULATED}")
-    console.print(f"{value['seconds']:.0f} s, {value['peak_memory_bytes'] / 1e9:.1f} GB resident at most")
-    console.print("next: make mlflow    opens the curves, the parameters and the lineage of this run")
+    say("pooled draws three times the batch: as many steps and samples as the federation; no hospital could do that")
+    say(f"audit chains verified; updates travelled in the clear, no differential privacy yet\n{SIMULATED}")
+    say(f"{value['seconds']:.0f} s after the data was there, {value['peak_memory_bytes'] / 1e9:.1f} GB resident at most")
+    say(f"next: make mlflow, then experiment {FEDERATION}/{plan.name}: the curves, the parameters and the lineage of this run")
+    say("what each program keeps lies under demo/federation; look at it with, say,")
+    say("  .venv/bin/silo-agent --config demo/federation/silos/leuven/silo-agent.yaml status")

@@ -107,7 +107,9 @@ def load_settings(path: Path) -> Settings:
         value = yaml.safe_load(path.read_bytes())
         settings = Settings.model_validate(value)
     except OSError as error:
-        raise SettingsError(f"cannot read the settings: {error.strerror}; name them with --config") from None
+        raise SettingsError(
+            f"cannot read the settings {path.name}: {error.strerror}; name them before the command, with --config FILE"
+        ) from None
     except yaml.YAMLError:
         raise SettingsError("the settings are not YAML") from None
     except ValidationError as error:

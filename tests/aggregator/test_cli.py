@@ -123,5 +123,6 @@ def test_every_command_has_an_example(command: Any) -> None:
 def test_settings_that_are_not_there(command: Any) -> None:
     assert command("--config", "none.yaml", "run", "list")[::2] == (
         2,
-        "error (settings): cannot read the settings: No such file or directory; name them with --config\n",
+        "error (settings): cannot read the settings none.yaml: No such file or directory; "
+        "name them before the command, with --config FILE\n",
     )

@@ -126,7 +126,7 @@ def test_settings_that_do_not_hold_are_named_by_key(typed: Typed, hospital: Hosp
     said = refused(typed("status"))
     assert said.startswith("error (settings): ") and "two significant digits" in said and "colour: unknown key" in said
     hospital.config.unlink()
-    assert "cannot read the settings: No such file or directory" in refused(typed("status"))
+    assert "cannot read the settings silo-agent.yaml: No such file or directory" in refused(typed("status"))
 
 
 def test_a_seed_needs_the_policys_word(typed: Typed, tmp_path: Path) -> None:
