@@ -83,7 +83,7 @@ class Server:
         loop.set_default_executor(ThreadPoolExecutor(WORKERS, thread_name_prefix="call"))
         settings = self._opened.settings
         self._grpc = aio.server(interceptors=[self.gatekeeper], options=OPTIONS)
-        federation_pb2_grpc.add_FederationServicer_to_server(self._federation, self._grpc)  # type: ignore[no-untyped-call]
+        federation_pb2_grpc.add_FederationServicer_to_server(self._federation, self._grpc)  # type: ignore[no-untyped-call]  # generated
         address = f"{settings.listen}:{settings.listen_port}"
         try:
             self.port = self._grpc.add_secure_port(address, _credentials(self._opened.pki))

@@ -66,7 +66,7 @@ class Client:
                 ("grpc.max_receive_message_length", 16 << 20),
             ],
         )
-        self._stub = federation_pb2_grpc.FederationStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = federation_pb2_grpc.FederationStub(self._channel)  # type: ignore[no-untyped-call]  # generated
 
     def close(self) -> None:
         self._channel.close()

@@ -42,7 +42,7 @@ class Desk(desk_pb2_grpc.DeskServicer):
         self._count = 0
         self._closed = False
         self._server = grpc.server(ThreadPoolExecutor(max_workers=8), options=[("grpc.so_reuseport", 0)])
-        desk_pb2_grpc.add_DeskServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        desk_pb2_grpc.add_DeskServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]  # generated
         self._server.add_insecure_port(self.address)
         self._server.start()
 

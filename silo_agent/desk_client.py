@@ -32,7 +32,7 @@ def serve(program: str, handler: Callable[[Any], Result], arguments: list[str] |
     logging.basicConfig(level=logging.INFO, format=f"{program}: %(message)s", stream=sys.stderr)
     end_with_parent()
     channel = grpc.insecure_channel(options.agent, options=[("grpc.enable_http_proxy", 0)])
-    stub = desk_pb2_grpc.DeskStub(channel)  # type: ignore[no-untyped-call]
+    stub = desk_pb2_grpc.DeskStub(channel)  # type: ignore[no-untyped-call]  # generated
     hello = desk_pb2.Hello(program=program, instance=secrets.token_hex(8))
     heard = time.monotonic()
     while time.monotonic() - heard < GIVE_UP_S:

@@ -278,7 +278,7 @@ class State:
     # --- models ----------------------------------------------------------------------------------------------------------------
 
     def model(self, run: str, round_: int) -> sqlite3.Row:
-        return self._one("SELECT * FROM models WHERE run = ? AND round = ?", run, round_)  # type: ignore[no-any-return]
+        return self._one("SELECT * FROM models WHERE run = ? AND round = ?", run, round_)  # type: ignore[no-any-return]  # a sqlite3.Row
 
     def model_made(self, run: str, round_: int, model: dict[str, Any], u3: list[str]) -> None:
         """A new global model, applied from the sum of `u3` (empty for the initial model); its file is durable already."""
@@ -319,7 +319,7 @@ class State:
             self._record(db, "event opened", {"run": run, "round": round_, "seeded": seeded})
 
     def event(self, run: str, round_: int) -> sqlite3.Row:
-        return self._one("SELECT * FROM events WHERE run = ? AND round = ?", run, round_)  # type: ignore[no-any-return]
+        return self._one("SELECT * FROM events WHERE run = ? AND round = ?", run, round_)  # type: ignore[no-any-return]  # a sqlite3.Row
 
     def update_made(self, run: str, round_: int, digest: str, num_patients: int) -> None:
         with self._transaction() as db:
