@@ -1,10 +1,10 @@
 """Who is in a round and what the round depends on: pure functions of a RunState."""
 
-from aggregator.store import RunState
+from aggregator.records import Epoch, RunState
 from wardround.canonical import canonical_json, frame, sha256
-from wardround.chunks import CLEAR_HE_DIGEST
+from wardround.he import parameters_of
 from wardround.layout import layout_of
-from wardround.messages import NO_EPOCH, round_ctx
+from wardround.messages import round_ctx
 from wardround.pb import federation_pb2 as pb
 
 
@@ -65,36 +65,90 @@ def unapproved(state: RunState) -> dict[str, str]:
     return waits
 
 
+def next_round(state: RunState) -> int:
+    """Round of the next attempt."""
+    before = state.attempt
+    if before is None:
+        return 1
+    return before.round + 1 if before.phase == "completed" else before.round
+
+
+def epoch_due(state: RunState) -> bool:
+    """Whether the next attempt needs a new key epoch (secure-sum.md section 3): none yet, another roster, or too many rounds."""
+    return state.epoch is None or not state.epoch.serves(next_round(state), select(state)[0])
+
+
+def next_epoch(state: RunState, deadline_ms: int, now_ms: int) -> Epoch:
+    """The key epoch to open. Its maker is the first member by name that holds the newest model; who kept the last agreement waiting
+    is asked again only where the round is too small without it."""
+    version, cohort = select(state)
+    last = state.epoch
+    if last is not None and last.serves(next_round(state), version):
+        answering = tuple(silo for silo in cohort if silo in last.keyed)
+        cohort = answering if len(answering) >= state.plan.aggregation.min_silos else tuple(s for s in cohort if s != last.maker)
+    before = state.attempt
+    holders = cohort if before is None else before.cohort if before.phase == "abandoned" else state.reports
+    return Epoch(
+        run=state.id,
+        number=1 if last is None else last.number + 1,
+        first_round=next_round(state),
+        roster_version=version,
+        maker=min(set(cohort) & set(holders) or cohort),
+        cohort=cohort,
+        deadline_ms=deadline_ms,
+        opened_ms=now_ms,
+    )
+
+
 def next_facts(state: RunState, federation: str, deadline_ms: int) -> pb.Round:
     """The facts of the next attempt: of round 1, of the round after a completed one, or of the same round once more."""
     version, cohort = select(state)
-    before = state.attempt
+    epoch, before = state.epoch, state.attempt
+    if epoch is None:
+        raise AssertionError("the table opens a round only under a key epoch")
     if before is None:
         join = next(iter(joins_of(state).values()))
-        round_, attempt, model, bounds = 1, 1, join.initial_model_mac, join.bounds_digest
+        attempt, model, bounds = 1, join.initial_model_mac, join.bounds_digest
     elif before.phase == "completed":
         report = next(iter(reports_of(state).values()))
-        round_, attempt, model, bounds = before.round + 1, 1, report.model_mac, report.bounds_digest
+        attempt, model, bounds = 1, report.model_mac, report.bounds_digest
     else:
-        round_, attempt = before.round, before.attempt + 1
-        model, bounds = before.facts.previous_model_mac, before.facts.bounds_digest
+        attempt, model, bounds = before.attempt + 1, before.facts.previous_model_mac, before.facts.bounds_digest
     facts = pb.Round(
         protocol=state.plan.protocol,
         federation=federation,
-        round=round_,
+        round=next_round(state),
         attempt=attempt,
         plan_digest=state.plan.digest,
         layout_digest=layout_of(state.plan).digest,
         bounds_digest=bounds,
-        he_digest=CLEAR_HE_DIGEST,
-        key_epoch=0,
-        epoch_commitment=NO_EPOCH,
+        he_digest=parameters_of(state.plan).digest,
+        key_epoch=epoch.number,
+        epoch_commitment=epoch.body.commitment,
         roster_digest=state.rosters[version].digest,
         previous_model_mac=model,
-        cohort=cohort,
+        cohort=[silo for silo in cohort if silo in epoch.keyed],
         cap=state.cap,
         roster_version=version,
         deadline_unix_ms=deadline_ms,
     )
     facts.ctx = round_ctx(facts, state.id)
     return facts
+
+
+def keying_facts(state: RunState, federation: str) -> pb.Round:
+    """What the maker of the newest key epoch is asked for."""
+    epoch = state.epoch
+    if epoch is None:
+        raise AssertionError("the table asks for keys only once an epoch is open")
+    return pb.Round(
+        protocol=state.plan.protocol,
+        federation=federation,
+        round=epoch.first_round,
+        plan_digest=state.plan.digest,
+        he_digest=parameters_of(state.plan).digest,
+        key_epoch=epoch.number,
+        roster_digest=state.rosters[epoch.roster_version].digest,
+        roster_version=epoch.roster_version,
+        cohort=epoch.cohort,
+    )

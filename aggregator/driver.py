@@ -7,12 +7,14 @@ the transaction that names them, and deleted after the one that no longer does.
 import asyncio
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 
 from aggregator import cohort
 from aggregator.blobs import Blobs
 from aggregator.fold import fold
+from aggregator.records import Attempt, RunState
 from aggregator.round import Action, Facts, Phase, Row, RunPhase, next_row
-from aggregator.store import Attempt, RunState, Stale, Store, on_fresh_state
+from aggregator.store import Stale, Store, on_fresh_state
 from aggregator.telemetry import ROUNDS, RUNS_ENDED, log
 from wardround.errors import StorageError, WardroundError
 from wardround.pb import federation_pb2 as pb
@@ -110,14 +112,18 @@ class Driver:
         _, members = cohort.select(state)
         self._store.start(state.id, cohort.cap_of(state, members), members, state.seq)
 
+    def _open_epoch(self, _row: Row, state: RunState) -> None:
+        self._store.open_epoch(cohort.next_epoch(state, self._deadline(state), self._store.now_ms()), state.seq)
+
     def _open_round(self, _row: Row, state: RunState) -> None:
-        self._store.open_attempt(state.id, self._next(state), state.seq)
+        facts = cohort.next_facts(state, self._store.federation, self._deadline(state))
+        self._store.open_attempt(state.id, facts, state.seq)
 
     def _seal(self, _row: Row, state: RunState) -> None:
         self._store.seal(_attempt(state), _durable(state) & state.active, self._deadline(state), state.seq)
 
-    def _next_attempt(self, row: Row, state: RunState) -> None:
-        self._store.open_attempt(state.id, self._next(state), state.seq, abandoned=_why_abandoned(row, state, self._store.now_ms()))
+    def _abandon(self, row: Row, state: RunState) -> None:
+        self._store.abandon(_attempt(state), _why_abandoned(row, state, self._store.now_ms()), state.seq)
         self._sweep()
 
     def _fold(self, _row: Row, state: RunState) -> None:
@@ -160,9 +166,6 @@ class Driver:
 
         on_fresh_state(decide)
 
-    def _next(self, state: RunState) -> pb.Round:
-        return cohort.next_facts(state, self._store.federation, self._deadline(state))
-
     def _deadline(self, state: RunState) -> int:
         return self._store.now_ms() + 1000 * state.plan.aggregation.deadline_s
 
@@ -200,7 +203,7 @@ class Driver:
 def facts_of(state: RunState, now_ms: int) -> Facts:
     """What the table decides on."""
     joins, (_, ready) = cohort.joins_of(state), cohort.select(state)
-    attempt = state.attempt
+    attempt, epoch = state.attempt, state.epoch
     base = Facts(
         run=RunPhase(state.phase),
         rounds=state.plan.rounds,
@@ -209,23 +212,25 @@ def facts_of(state: RunState, now_ms: int) -> Facts:
         joined={silo: cohort.join_agreement(joins[silo]) for silo in ready},
         refused=frozenset(state.refusals) & state.active,
         abort_requested=state.abort_requested,
-        deadline_passed=now_ms >= (attempt.deadline_ms if attempt else state.deadline_ms),
+        halted=frozenset(state.halts),
+        epoch_due=cohort.epoch_due(state),
+        epoch_cohort=frozenset(epoch.cohort) if epoch else frozenset(),
+        keyed=epoch.keyed if epoch else frozenset(),
     )
-    if attempt is None:
-        return base
-    return Facts(
-        **vars(base)
-        | {
-            "round": attempt.round,
-            "phase": Phase(attempt.phase),
-            "cohort": frozenset(attempt.cohort),
-            "uploaded": _durable(state),
-            "u3": frozenset(attempt.u3),
-            "folded": attempt.folded_ms is not None,
-            "sealed": frozenset(state.seals),
-            "reports": {silo: cohort.report_agreement(report) for silo, report in cohort.reports_of(state).items()},
-        }
-    )
+    if attempt is not None:
+        base = replace(
+            base,
+            round=attempt.round,
+            phase=Phase(attempt.phase),
+            cohort=frozenset(attempt.cohort),
+            uploaded=_durable(state),
+            u3=frozenset(attempt.u3),
+            folded=attempt.folded_ms is not None,
+            sealed=frozenset(state.seals),
+            reports={silo: cohort.report_agreement(report) for silo, report in cohort.reports_of(state).items()},
+        )
+    waited_on = epoch if base.between and epoch else attempt or state
+    return replace(base, deadline_passed=now_ms >= waited_on.deadline_ms)
 
 
 def situation(state: RunState, now_ms: int) -> str:
@@ -234,10 +239,14 @@ def situation(state: RunState, now_ms: int) -> str:
         return f"{state.id} has {state.phase}" + (f": {state.reason}" if state.reason else "")
     facts = facts_of(state, now_ms)
     who = ", ".join(sorted(facts.waiting_for)) or "nobody"
-    if facts.phase is None:
+    if facts.run is RunPhase.PENDING:
         blocked = "; ".join(cohort.unapproved(state).values())
         verb = "joins" if len(facts.waiting_for) < 2 else "join"
         return f"{state.id} waits until {who} {verb}" + (f" ({blocked})" if blocked else "")
+    if facts.between:
+        if state.epoch is None or not facts.keyed:
+            return f"a new key epoch waits for the keys that {state.epoch.maker if state.epoch else 'its first member'} makes"
+        return f"key epoch {state.epoch.number} waits until {who} acknowledged its keys"
     what = {Phase.OPEN: "uploads", Phase.SEALED: "seals", Phase.EVALUATING: "reports"}.get(facts.phase, "nothing")
     closing = " (closing)" if facts.round > facts.rounds else f" of {facts.rounds}"
     number = state.attempt.attempt if state.attempt else 1
@@ -271,6 +280,13 @@ def _why_abandoned(row: Row, state: RunState, now_ms: int) -> str:
 
 
 def _why_failed(row: Row, state: RunState) -> str:
+    if row.name == "sum refused":
+        silo, signed = next(iter(sorted(state.halts.items())))
+        halt = pb.Halt.FromString(signed.body)
+        return (
+            f"{silo} refused the sum of round {halt.round}: {halt.reason}. Its key epoch is over and its keys are destroyed; compare "
+            "the audit chains, then submit the plan again"
+        )
     if row.name == "refused":
         reasons = {silo: pb.Refusal.FromString(signed.body).reason for silo, signed in state.refusals.items()}
         told = "; ".join(f"{silo} refused: {reason}" for silo, reason in sorted(reasons.items()))

@@ -1,7 +1,8 @@
 """What the aggregator does next for a run: a pure table. The silo's twin is silo_agent/round.py; docs/data_path.md shows both.
 
-The story: wait until the silos have joined, start; then, round by round: open, seal the set of uploads, fold them into one sum,
-publish it once enough silos signed the same set, complete the round once their model reports agree; open the next; finish.
+The story: wait until the silos have joined, start; let one of them make the key epoch and the others acknowledge it; then, round by
+round: open, seal the set of uploads, fold them into one sum, publish it once enough silos signed the same set, complete the round
+once their model reports agree; open the next, under a new key epoch where one is due; finish.
 
 `driver.py` performs an action in one transaction of the store and asks again. Nothing here does I/O or reads a clock: whether the
 deadline has passed is a fact like any other.
@@ -15,9 +16,10 @@ from enum import Enum
 class Action(Enum):
     WAIT = "wait"
     START = "start"
+    OPEN_EPOCH = "open_epoch"
     OPEN_ROUND = "open_round"
     SEAL = "seal"
-    NEXT_ATTEMPT = "next_attempt"
+    ABANDON = "abandon"
     FOLD = "fold"
     PUBLISH = "publish"
     COMPLETE_ROUND = "complete_round"
@@ -55,7 +57,11 @@ class Facts:
     joined: Mapping[str, bytes] = field(default_factory=dict)  # silo -> digest of what all joins must agree on
     refused: frozenset[str] = frozenset()
     abort_requested: bool = False
-    deadline_passed: bool = False  # of the run's start while pending, of the attempt's phase afterwards
+    deadline_passed: bool = False  # of the run's start while pending, of the key epoch between rounds, else of the attempt's phase
+    halted: frozenset[str] = frozenset()  # whose check a sum failed
+    epoch_due: bool = True  # the next attempt needs a new key epoch: none yet, another roster, or too many rounds
+    epoch_cohort: frozenset[str] = frozenset()  # who was to acknowledge the newest key epoch when it was opened
+    keyed: frozenset[str] = frozenset()  # who holds its keys
     round: int = 0
     phase: Phase | None = None
     cohort: frozenset[str] = frozenset()
@@ -66,10 +72,17 @@ class Facts:
     reports: Mapping[str, bytes] = field(default_factory=dict)  # silo -> digest of what all reports must agree on
 
     @property
+    def between(self) -> bool:
+        """No attempt is under way and another is to come."""
+        return self.phase in (None, Phase.ABANDONED) or (self.phase is Phase.COMPLETED and self.round <= self.rounds)
+
+    @property
     def waiting_for(self) -> frozenset[str]:
         """Who the run is waiting for, for the person who looks."""
         if self.run is RunPhase.PENDING:
             return self.active - self.joined.keys() - self.refused
+        if self.between:
+            return (self.epoch_cohort - self.keyed) & self.active
         still = {
             Phase.OPEN: self.cohort - self.uploaded,
             Phase.SEALED: self.u3 - self.sealed,
@@ -110,17 +123,19 @@ TABLE: tuple[Row, ...] = (
     Row("refused", lambda f: _pending(f) and bool(f.refused) and not _enough(len(f.active - f.refused), f), Action.FAIL),
     Row("start", lambda f: _pending(f) and _settled(not f.waiting_for, len(f.active & f.joined.keys()), f), Action.START),
     Row("joining", lambda f: _pending(f), Action.WAIT),
-    Row("first round", lambda f: f.phase is None, Action.OPEN_ROUND),
-    Row("removed", lambda f: f.phase is Phase.SEALED and not f.u3 <= f.active, Action.NEXT_ATTEMPT),
+    Row("sum refused", lambda f: bool(f.halted), Action.FAIL),
+    Row("removed", lambda f: f.phase is Phase.SEALED and not f.u3 <= f.active, Action.ABANDON),
     Row("seal", lambda f: f.phase is Phase.OPEN and _settled(not f.waiting_for, len(f.uploaded & f.active), f), Action.SEAL),
-    Row("too few", lambda f: f.phase is Phase.OPEN and f.deadline_passed, Action.NEXT_ATTEMPT),
+    Row("too few", lambda f: f.phase is Phase.OPEN and f.deadline_passed, Action.ABANDON),
     Row("fold", lambda f: f.phase is Phase.SEALED and not f.folded, Action.FOLD),
     Row("publish", lambda f: f.phase is Phase.SEALED and _settled(not f.waiting_for, len(f.sealed), f), Action.PUBLISH),
-    Row("too few seals", lambda f: f.phase is Phase.SEALED and f.deadline_passed, Action.NEXT_ATTEMPT),
+    Row("too few seals", lambda f: f.phase is Phase.SEALED and f.deadline_passed, Action.ABANDON),
     Row("reports differ", lambda f: _evaluating(f) and len(set(f.reports.values())) > 1, Action.FAIL),
     Row("complete", lambda f: _evaluating(f) and _settled(not f.waiting_for, len(f.reports), f), Action.COMPLETE_ROUND),
-    Row("next round", lambda f: f.phase is Phase.COMPLETED and f.round <= f.rounds, Action.OPEN_ROUND),
-    Row("finish", lambda f: f.phase is Phase.COMPLETED, Action.FINISH),
+    Row("finish", lambda f: f.phase is Phase.COMPLETED and not f.between, Action.FINISH),
+    Row("key epoch", lambda f: f.between and f.epoch_due, Action.OPEN_EPOCH),
+    Row("open round", lambda f: f.between and _settled(not f.waiting_for, len(f.keyed & f.active), f), Action.OPEN_ROUND),
+    Row("too few keys", lambda f: f.between and f.deadline_passed, Action.OPEN_EPOCH),
     Row("waiting for silos", lambda f: True, Action.WAIT),
 )  # fmt: skip
 

@@ -130,6 +130,21 @@ runs = Table(
     _check("ended", "(phase IN ('pending', 'running')) = (ended_ms IS NULL)", "a run that has ended says when"),
 )
 
+epochs = Table(
+    "epochs",
+    metadata,
+    _text("run", "runs.id", key=True),
+    _int("number", "1-based; the key epoch in the facts of its attempts", key=True),
+    _int("first_round", "the first round it serves"),
+    _int("roster_version", "whose active members it is for"),
+    _text("maker", "which silo makes its keys"),
+    _text("cohort", "JSON list of names, sorted: who was to acknowledge it when it was opened"),
+    _ms("deadline_ms", "of the agreement"),
+    _ms("opened_ms", "the maker was asked"),
+    ForeignKeyConstraint(["run"], ["runs.id"]),
+    _check("count", "number >= 1 AND first_round >= 1", "both count from 1"),
+)
+
 attempts = Table(
     "attempts",
     metadata,
@@ -166,31 +181,35 @@ statements = Table(
     metadata,
     _bytes("digest", "32 bytes: messages.statement_digest", key=True),
     _text("run", "runs.id"),
-    _int("round", "0 for join and refusal"),
-    _int("attempt", "0 for join and refusal"),
+    _int("round", "0 for what is said of a run or of a key epoch"),
+    _int("attempt", "0 for what is said of a run; with round 0 the number of a key epoch"),
     _text("silo", "who signed"),
-    _text("message", "answer (join, refusal), upload, seal or model-report: what a silo may say once"),
+    _text("message", "answer (join, refusal), halt, key-epoch, epoch-ack, upload, seal or model-report: what a silo may say once"),
     _bytes("signed", "pb.Signed as it came"),
     _ms("received_ms", "when it was durable"),
     ForeignKeyConstraint(["run"], ["runs.id"]),
     UniqueConstraint("run", "round", "attempt", "silo", "message"),
-    _check("message", "message IN ('answer', 'upload', 'seal', 'model-report')", "what a silo may say once per run or attempt"),
+    _check(
+        "message",
+        "message IN ('answer', 'halt', 'key-epoch', 'epoch-ack', 'upload', 'seal', 'model-report')",
+        "what a silo may say once per run, key epoch or attempt",
+    ),
 )
 
 uploads = Table(
     "uploads",
     metadata,
     _text("run", "runs.id", key=True),
-    _int("round", "1-based", key=True),
-    _int("attempt", "1-based", key=True),
+    _int("round", "1-based; 0 for the checkpoint of a key epoch", key=True),
+    _int("attempt", "1-based; with round 0 the number of the key epoch", key=True),
     _text("silo", "whose it is", key=True),
     _bytes("content_digest", "32 bytes over all chunks"),
     _int("num_bytes", "bytes of all chunks"),
-    _int("declared_patients", "patients: what the control chunk must say"),
-    _text("state", "receiving, durable, or deleted once its sum is published or its attempt abandoned"),
+    _int("declared_patients", "patients: what its header says; 0 of a checkpoint"),
+    _text("state", "receiving, durable, or deleted once its sum is published, its attempt abandoned or a newer checkpoint here"),
     _ms("begun_ms", "header accepted"),
     _ms("finished_ms", "verified whole and durable", null=True),
-    ForeignKeyConstraint(["run", "round", "attempt"], ["attempts.run", "attempts.round", "attempts.attempt"]),
+    ForeignKeyConstraint(["run"], ["runs.id"]),
     _check("state", "state IN ('receiving', 'durable', 'deleted')", "an upload has no other state"),
     _check("durable", "state <> 'durable' OR finished_ms IS NOT NULL", "only a verified upload is durable"),
 )

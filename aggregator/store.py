@@ -6,137 +6,27 @@ between, Stale is raised and nothing is written, so that no decision rests on wh
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from aggregator import schema
 from aggregator.members import Members, Stale, conflict
-from wardround.audit import SignedHead
+from aggregator.records import Attempt, Epoch, RunState, Sum, Upload, Waiting
 from wardround.errors import ConflictError, MessageError, SettingsError
 from wardround.messages import run_ctx, statement_digest
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import Plan, parse_plan
-from wardround.roster import Roster
 
-__all__ = ["Attempt", "RunState", "Stale", "Store", "Sum", "Upload", "Waiting", "on_fresh_state"]
+__all__ = ["Stale", "Store", "on_fresh_state"]
 Result = TypeVar("Result")
 MAX_TRIES = 200  # of a decision that others keep overtaking
 MAX_SUMS = 8  # per offer
-_runs, _attempts, _statements, _uploads = schema.runs.c, schema.attempts.c, schema.statements.c, schema.uploads.c
+_runs, _epochs, _attempts = schema.runs.c, schema.epochs.c, schema.attempts.c
+_statements, _uploads = schema.statements.c, schema.uploads.c
 ENDED = ("completed", "failed", "aborted")
 _cached_plan = lru_cache(maxsize=64)(parse_plan)
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One attempt of one round. Times are Unix ms; `facts` carries the deadline of the current phase."""
-
-    run: str
-    round: int
-    attempt: int
-    phase: str
-    facts: pb.Round
-    cohort: tuple[str, ...]
-    u3: tuple[str, ...]
-    sum_digest: bytes | None
-    sum_bytes: int | None
-    reason: str | None
-    deadline_ms: int
-    opened_ms: int
-    sealed_ms: int | None
-    folded_ms: int | None
-    published_ms: int | None
-    completed_ms: int | None
-
-    @classmethod
-    def of(cls, row: sa.Row[Any]) -> Self:
-        values = dict(row._mapping)
-        del values["ctx"]
-        facts = pb.Round.FromString(values["facts"])
-        facts.deadline_unix_ms = values["deadline_ms"]
-        lists = {"cohort": tuple(json.loads(values["cohort"])), "u3": tuple(json.loads(values["u3"] or "[]"))}
-        return cls(**values | lists | {"facts": facts})
-
-    @property
-    def key(self) -> tuple[str, int, int]:
-        return (self.run, self.round, self.attempt)
-
-
-@dataclass(frozen=True)
-class Upload:
-    run: str
-    round: int
-    attempt: int
-    silo: str
-    content_digest: bytes
-    num_bytes: int
-    declared_patients: int
-    state: str
-    begun_ms: int
-    finished_ms: int | None
-
-
-@dataclass(frozen=True)
-class Sum:
-    """A published sum with the statements that belong to it, by silo."""
-
-    attempt: Attempt
-    headers: Mapping[str, pb.Signed]
-    reports: Mapping[str, pb.Signed]
-
-
-@dataclass(frozen=True)
-class RunState:
-    """All that a decision about a run may depend on. `seq` is the store's revision when it was read."""
-
-    seq: int
-    id: str
-    plan: Plan
-    plan_text: bytes
-    ctx: bytes
-    phase: str
-    reason: str
-    abort_requested: bool
-    cap: int
-    roster_version: int
-    submitted_by: str
-    created_ms: int
-    started_ms: int | None
-    ended_ms: int | None
-    deadline_ms: int
-    audit_seq: int
-    rosters: Mapping[int, Roster]  # the run's and newer, by version
-    revoked: frozenset[str]
-    approved: Mapping[str, int]  # silo -> newest roster version it has approved
-    joins: Mapping[str, pb.Signed] = field(default_factory=dict)
-    refusals: Mapping[str, pb.Signed] = field(default_factory=dict)
-    attempt: Attempt | None = None  # the newest
-    headers: Mapping[str, pb.Signed] = field(default_factory=dict)  # of the newest attempt, also of unfinished uploads
-    uploads: Mapping[str, Upload] = field(default_factory=dict)  # of the newest attempt
-    seals: Mapping[str, pb.Signed] = field(default_factory=dict)
-    reports: Mapping[str, pb.Signed] = field(default_factory=dict)
-
-    @property
-    def roster(self) -> Roster:
-        """The newest."""
-        return self.rosters[max(self.rosters)]
-
-    @property
-    def active(self) -> frozenset[str]:
-        return frozenset(self.roster.active()) - self.revoked
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """What a silo that polls needs to see, of one instant."""
-
-    head: SignedHead
-    roster_version: int
-    state: RunState | None = None
-    sums: tuple[Sum, ...] = ()
 
 
 class Store(Members):
@@ -190,22 +80,28 @@ class Store(Members):
                 state = self._state(db, row)
             if state is None:
                 return Waiting(head, version)
-            after = model_round if run == state.id else 0
-            return Waiting(head, version, state, tuple(self._sums(db, state.id, after)) if silo in state.joins else ())
+            if silo not in state.joins:
+                return Waiting(head, version, state)
+            after, restored = model_round if run == state.id else 0, self._checkpoint_round(state.epoch)
+            checkpoint = tuple(self._sums(db, state.id, restored - 1, limit=1)) if after < restored else ()
+            return Waiting(head, version, state, tuple(self._sums(db, state.id, max(after, restored - 1))), *checkpoint)
 
     def sums(self, run: str) -> list[Sum]:
-        """Every published sum of a run, oldest first."""
+        """Every published sum of a run, oldest first; the bytes of those before the newest checkpoint are gone."""
         with self._database.read() as db:
             return self._sums(db, run, 0, limit=1 << 30)
 
-    def sum_size(self, digest: bytes, silo: str) -> int | None:
-        """Bytes of a published sum, if this silo joined its run."""
+    def blob_size(self, digest: bytes, silo: str) -> int | None:
+        """Bytes of a published sum or a checkpoint, if this silo joined its run."""
         joined = sa.select(_statements.run).where(_statements.silo == silo, _statements.message == "answer")
-        query = sa.select(_attempts.sum_bytes).where(
+        sums = sa.select(_attempts.sum_bytes).where(
             _attempts.sum_digest == digest, _attempts.published_ms.is_not(None), _attempts.run.in_(joined)
         )
+        checkpoints = sa.select(_uploads.num_bytes).where(
+            _uploads.content_digest == digest, _uploads.round == 0, _uploads.state == "durable", _uploads.run.in_(joined)
+        )
         with self._database.read() as db:
-            return db.execute(query.limit(1)).scalar()
+            return db.execute(sums.union(checkpoints).limit(1)).scalar()
 
     def abandoned(self, run: str) -> list[Attempt]:
         query = sa.select(schema.attempts).where(_attempts.run == run, _attempts.phase == "abandoned")
@@ -225,9 +121,11 @@ class Store(Members):
         """(digests of whole blobs, (digest, silo) of partial uploads) that something still needs: everything else may go."""
         with self._database.read() as db:
             whole = set(db.scalars(sa.select(_uploads.content_digest).where(_uploads.state == "durable")))
-            whole |= set(
-                db.scalars(sa.select(_attempts.sum_digest).where(_attempts.sum_digest.is_not(None), _attempts.phase != "abandoned"))
+            summed = sa.select(_attempts.run, _attempts.round, _attempts.sum_digest).where(
+                _attempts.sum_digest.is_not(None), _attempts.phase != "abandoned"
             )
+            restorable = {row.id: self._checkpoint_round(self._epoch(db, row.id)) for row in db.execute(sa.select(_runs.id))}
+            whole |= {row.sum_digest for row in db.execute(summed) if row.round >= restorable[row.run]}
             partial = db.execute(sa.select(_uploads.content_digest, _uploads.silo).where(_uploads.state == "receiving"))
             return whole, {(row.content_digest, row.silo) for row in partial}
 
@@ -263,6 +161,24 @@ class Store(Members):
             found.append(Sum(attempt, headers, said.get("model-report", {})))
         return found
 
+    def _epoch(self, db: sa.Connection, run: str) -> Epoch | None:
+        """The newest key epoch of a run."""
+        row = db.execute(sa.select(schema.epochs).where(_epochs.run == run).order_by(_epochs.number.desc()).limit(1)).one_or_none()
+        if row is None:
+            return None
+        said = self._said(db, run, 0, row.number)
+        statement = said.get("key-epoch", {}).get(row.maker)
+        if statement is not None and pb.KeyEpoch.FromString(statement.body).checkpoint_bytes:
+            whole = sa.select(_uploads.state).where(*_is(_uploads, (run, 0, row.number)), _uploads.silo == row.maker)
+            statement = statement if db.execute(whole).scalar_one() == "durable" else None
+        values = dict(row._mapping) | {"cohort": tuple(json.loads(row.cohort))}
+        return Epoch(**values, statement=statement, acks=said.get("epoch-ack", {}))
+
+    @staticmethod
+    def _checkpoint_round(epoch: Epoch | None) -> int:
+        """Round of the newest model that a silo without any can restore; 0 the initial one, which every silo rebuilds."""
+        return epoch.first_round - 1 if epoch is not None and epoch.statement is not None else 0
+
     def _said(self, db: sa.Connection, run: str, round_: int, attempt: int) -> dict[str, dict[str, pb.Signed]]:
         """Statements by kind and silo, in the order of names."""
         query = sa.select(_statements.message, _statements.silo, _statements.signed).where(
@@ -278,7 +194,8 @@ class Store(Members):
             query = sa.select(schema.attempts).where(_attempts.run == row.id)
             newest = db.execute(query.order_by(_attempts.round.desc(), _attempts.attempt.desc()).limit(1)).one_or_none()
             attempt = Attempt.of(newest) if newest is not None else None
-        answers = self._said(db, row.id, 0, 0).get("answer", {})
+        of_run = self._said(db, row.id, 0, 0)
+        answers = of_run.get("answer", {})
         said = self._said(db, *attempt.key) if attempt else {}
         uploads: dict[str, Upload] = {}
         if attempt is not None:
@@ -315,6 +232,8 @@ class Store(Members):
             uploads=uploads,
             seals=said.get("seal", {}),
             reports=said.get("model-report", {}),
+            epoch=self._epoch(db, row.id),
+            halts=of_run.get("halt", {}),
         )
 
     # --- the life of a run -----------------------------------------------------------------------------------------------------
@@ -367,23 +286,34 @@ class Store(Members):
                 .where(_attempts.run == run, _attempts.phase.in_(("open", "sealed")))
                 .values(phase="abandoned", reason=f"the run was {phase}")
             )
-            db.execute(sa.update(schema.uploads).where(_uploads.run == run).values(state="deleted"))
+            db.execute(sa.update(schema.uploads).where(_uploads.run == run, _uploads.round > 0).values(state="deleted"))
             following = self._active_row(db)
             if following is not None:
                 deadline = now + 1000 * _cached_plan(following.plan.encode()).aggregation.deadline_s
                 db.execute(sa.update(schema.runs).where(_runs.id == following.id).values(deadline_ms=deadline))
             self._record(db, f"run-{phase}", {"run": run, "reason": reason})
 
+    # --- the life of a key epoch -----------------------------------------------------------------------------------------------
+
+    def open_epoch(self, epoch: Epoch, seen: int) -> None:
+        """The maker is asked for its keys. Older checkpoints go once this one's is here."""
+        with self._write(seen) as db:
+            values = {name: getattr(epoch, name) for name in schema.epochs.columns.keys()}  # noqa: SIM118 - names, not columns
+            db.execute(sa.insert(schema.epochs).values(**values | {"cohort": json.dumps(epoch.cohort)}))
+            facts = {"epoch": epoch.number, "maker": epoch.maker, "roster": epoch.roster_version, "cohort": list(epoch.cohort)}
+            self._record(db, "epoch-opened", {"run": epoch.run} | facts)
+
     # --- the life of an attempt ------------------------------------------------------------------------------------------------
 
-    def open_attempt(self, run: str, facts: pb.Round, seen: int, abandoned: str = "") -> None:
-        """The next round, or, with a reason why the newest attempt is `abandoned`, the next attempt of the same one."""
+    def abandon(self, attempt: Attempt, reason: str, seen: int) -> None:
         with self._write(seen) as db:
-            if abandoned:
-                before = (run, facts.round, facts.attempt - 1)
-                self._move(db, before, "abandoned", facts.deadline_unix_ms, reason=abandoned)
-                db.execute(sa.update(schema.uploads).where(*_is(_uploads, before)).values(state="deleted"))
-                self._record(db, "attempt-abandoned", _name(before) | {"reason": abandoned})
+            self._move(db, attempt.key, "abandoned", attempt.deadline_ms, reason=reason)
+            db.execute(sa.update(schema.uploads).where(*_is(_uploads, attempt.key)).values(state="deleted"))
+            self._record(db, "attempt-abandoned", _name(attempt.key) | {"reason": reason})
+
+    def open_attempt(self, run: str, facts: pb.Round, seen: int) -> None:
+        """The next round, or the next attempt of one whose last attempt was abandoned."""
+        with self._write(seen) as db:
             db.execute(
                 sa.insert(schema.attempts).values(
                     run=run, round=facts.round, attempt=facts.attempt, phase="open", ctx=facts.ctx, facts=facts.SerializeToString(),
@@ -433,35 +363,39 @@ class Store(Members):
         with self._write(seen) as db:
             return self._keep(db, signed, key, facts)
 
-    def begin_upload(self, signed: pb.Signed, key: tuple[str, int, int], header: pb.UploadHeader, seen: int) -> Upload:
-        """Accept a header. The same content again is the same upload, other content raises ConflictError."""
+    def begin_upload(
+        self, signed: pb.Signed, key: tuple[str, int, int], content: bytes, num_bytes: int, seen: int, patients: int = 0
+    ) -> Upload:
+        """Accept a statement that announces bytes. The same again is the same upload, other content raises ConflictError."""
         with self._write(seen) as db:
             row = db.execute(sa.select(schema.uploads).where(*_is(_uploads, key), _uploads.silo == signed.silo)).one_or_none()
             if row is None:
-                self._keep(db, signed, key, {"content": header.content_digest.hex()})
-                upload = Upload(
-                    *key, signed.silo, header.content_digest, header.content_bytes, header.declared_patients, "receiving",
-                    self.now_ms(), None,
-                )  # fmt: skip
+                self._keep(db, signed, key, {"content": content.hex()})
+                upload = Upload(*key, signed.silo, content, num_bytes, patients, "receiving", self.now_ms(), None)
                 db.execute(sa.insert(schema.uploads).values(**vars(upload)))
                 return upload
-            if row.content_digest != header.content_digest:
-                raise conflict("upload", signed.silo)
+            if row.content_digest != content:
+                raise conflict(signed.message, signed.silo)
             return Upload(**row._mapping)
 
     def upload_durable(self, upload: Upload) -> None:
         """Verified whole and on disk. Raises MessageError when its attempt takes no uploads any more."""
         key = (upload.run, upload.round, upload.attempt)
         with self._write() as db:
-            phase = db.execute(sa.select(_attempts.phase).where(*_is(_attempts, key))).scalar_one()
-            if phase != "open":
-                raise MessageError(f"round {upload.round}, attempt {upload.attempt} takes no uploads any more: it is {phase}")
+            if upload.round:
+                phase = db.execute(sa.select(_attempts.phase).where(*_is(_attempts, key))).scalar_one()
+                if phase != "open":
+                    raise MessageError(f"round {upload.round}, attempt {upload.attempt} takes no uploads any more: it is {phase}")
+            else:  # a checkpoint takes the place of the ones before it
+                older = (_uploads.run == upload.run, _uploads.round == 0, _uploads.attempt < upload.attempt)
+                db.execute(sa.update(schema.uploads).where(*older).values(state="deleted"))
             db.execute(
                 sa.update(schema.uploads)
                 .where(*_is(_uploads, key), _uploads.silo == upload.silo)
                 .values(state="durable", finished_ms=self.now_ms())
             )
-            self._record(db, "upload-accepted", _name(key) | {"silo": upload.silo, "content": upload.content_digest.hex()})
+            kind = "upload-accepted" if upload.round else "checkpoint-accepted"
+            self._record(db, kind, _name(key) | {"silo": upload.silo, "content": upload.content_digest.hex()})
 
     def _keep(self, db: sa.Connection, signed: pb.Signed, key: tuple[str, int, int], facts: Mapping[str, Any]) -> bytes:
         digest = statement_digest(signed)
@@ -490,8 +424,9 @@ def _is(columns: Any, key: tuple[str, int, int]) -> tuple[Any, Any, Any]:
 
 
 def _name(key: tuple[str, int, int]) -> dict[str, Any]:
-    """An attempt, or with round 0 a run, as audit bodies write it."""
-    return {"run": key[0]} | ({"round": key[1], "attempt": key[2]} if key[1] else {})
+    """As audit bodies write it: an attempt; with round 0 a run, and with an `attempt` beside that, one of its key epochs."""
+    run, round_, number = key
+    return {"run": run} | ({"round": round_, "attempt": number} if round_ else {"epoch": number} if number else {})
 
 
 def on_fresh_state(decide: Callable[[], Result]) -> Result:

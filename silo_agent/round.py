@@ -1,7 +1,8 @@
 """What a silo does next: a pure table. The aggregator's twin is aggregator/round.py; docs/data_path.md shows both side by side.
 
-The story, from top to bottom: judge the plan, snapshot the data, rebuild the initial model, join; then, round by round: evaluate
-the global model, open the event, train, encode, upload, seal the set of uploads, apply the sum, report; and close.
+The story, from top to bottom: judge the plan, snapshot the data, rebuild the initial model, join; take the keys of the key epoch, or
+make them; then, round by round: evaluate the global model, open the event, train, encode, upload, seal the set of uploads, apply the
+sum, report; and close. Who comes late restores the model from the epoch's checkpoint.
 
 `agent.py` performs an action, writes what it did in one transaction, and asks again. Every action may be killed at any point and
 is then simply the next action once more; nothing here does I/O or reads a clock.
@@ -22,9 +23,13 @@ class Action(Enum):
     SNAPSHOT = "snapshot"
     INITIALIZE = "initialize"
     JOIN = "join"
+    TAKE_KEYS = "take_keys"
+    RESTORE = "restore"
+    HALT = "halt"
     APPLY = "apply"
     EVALUATE = "evaluate"
     REPORT = "report"
+    MAKE_KEYS = "make_keys"
     OPEN_EVENT = "open_event"
     TRAIN = "train"
     ENCODE = "encode"
@@ -53,6 +58,8 @@ class Facts:
     model_round: int = -1  # round of the global model held: -1 none, 0 the initial one
     evaluated_round: int = -1  # newest model evaluated on the validation patients
     reported_round: int = 0  # newest model whose report the aggregator has acknowledged
+    epoch: int = 0  # newest key epoch whose keys are held and acknowledged
+    halting: bool = False  # a sum failed the check, and the aggregator has not been told yet
     event_round: int = 0  # newest round whose event (random key) was opened
     update_round: int = 0  # newest round whose update is durable
     encoded: Attempt = NEVER  # newest attempt whose upload lies in the spool
@@ -69,7 +76,9 @@ class Offered:
     rounds: int = 0  # of the plan; round rounds + 1 is the closing one: it sums the last model's metrics and trains nothing
     in_cohort: bool = False
     in_u3: bool = False  # this silo's upload is among those to seal
-    summed_rounds: frozenset[int] = frozenset()  # rounds whose published sum is on offer
+    summed_rounds: frozenset[int] = frozenset()  # rounds whose published sum is on offer, and whose keys are held
+    epoch: int = 0  # of the key epoch to make (KEYING), else of the newest one on offer with a box for this silo
+    checkpoint_round: int = 0  # of the model that its checkpoint holds; 0: there is none
     validate_every: int = 1  # of the plan
 
 
@@ -106,10 +115,14 @@ TABLE: tuple[Row, ...] = (
     Row("snapshot", lambda facts, offer: not facts.has_snapshot, Action.SNAPSHOT),
     Row("initialize", lambda facts, offer: facts.model_round < 0, Action.INITIALIZE),
     Row("join", lambda facts, offer: facts.stance is Stance.ACCEPTED, Action.JOIN),
+    Row("halt", lambda facts, offer: facts.halting, Action.HALT),
+    Row("take keys", lambda facts, offer: offer.phase != "KEYING" and facts.epoch < offer.epoch, Action.TAKE_KEYS),
     Row("apply", lambda facts, offer: facts.model_round + 1 in offer.summed_rounds, Action.APPLY),
+    Row("restore", lambda facts, offer: facts.epoch == offer.epoch and facts.model_round < offer.checkpoint_round, Action.RESTORE),
     Row("evaluate", lambda facts, offer: facts.evaluated_round < facts.model_round and _validates(facts, offer), Action.EVALUATE),
     Row("report", lambda facts, offer: facts.reported_round < facts.model_round, Action.REPORT),
     Row("close", lambda facts, offer: offer.phase == "COMPLETED", Action.CLOSE),
+    Row("make keys", lambda facts, offer: offer.phase == "KEYING" and facts.epoch < offer.epoch, Action.MAKE_KEYS),
     Row("open event", lambda facts, offer: _trains(offer) and facts.event_round < offer.attempt[0], Action.OPEN_EVENT),
     Row("train", lambda facts, offer: _trains(offer) and facts.update_round < offer.attempt[0], Action.TRAIN),
     Row("encode", lambda facts, offer: _open(offer) and facts.encoded < offer.attempt, Action.ENCODE),

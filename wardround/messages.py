@@ -15,21 +15,30 @@ from wardround.pb import federation_pb2 as pb
 
 Body = TypeVar("Body", bound=Message)
 MAX_BODY_BYTES = 256 * 1024
-NO_EPOCH = bytes(32)  # epoch_commitment of key epoch 0: the sum travels in the clear
+EPOCH_ROUNDS = 100  # a key epoch serves at most as many
 SILO_NAME = re.compile(r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
 
 BODIES: dict[str, type[Message]] = {
     "join": pb.Join,
     "refusal": pb.Refusal,
+    "key-epoch": pb.KeyEpoch,
+    "epoch-ack": pb.EpochAck,
     "upload": pb.UploadHeader,
     "seal": pb.Seal,
     "model-report": pb.ModelReport,
+    "halt": pb.Halt,
 }
 
 
 def run_ctx(federation: str, run: str, plan_digest: bytes) -> bytes:
-    """What join and refusal are signed for: 32 bytes."""
+    """What join, refusal and halt are signed for: 32 bytes."""
     return sha256(frame(b"wardround/run/1", federation.encode(), run.encode(), plan_digest))
+
+
+def epoch_ctx(federation: str, run: str, plan_digest: bytes, number: int, roster_digest: bytes, he_digest: bytes) -> bytes:
+    """What a key epoch and its acknowledgements are signed for: 32 bytes."""
+    names = (federation.encode(), run.encode())
+    return sha256(frame(b"wardround/epoch/1", *names, plan_digest, number.to_bytes(8, "big"), roster_digest, he_digest))
 
 
 def round_ctx(facts: pb.Round, run: str) -> bytes:

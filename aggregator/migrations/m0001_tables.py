@@ -145,6 +145,31 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("serial"),
     )
     op.create_table(
+        "epochs",
+        sa.Column("run", sa.Text(), nullable=False, comment="runs.id"),
+        sa.Column(
+            "number",
+            sa.BigInteger(),
+            autoincrement=False,
+            nullable=False,
+            comment="1-based; the key epoch in the facts of its attempts",
+        ),
+        sa.Column("first_round", sa.BigInteger(), autoincrement=False, nullable=False, comment="the first round it serves"),
+        sa.Column("roster_version", sa.BigInteger(), autoincrement=False, nullable=False, comment="whose active members it is for"),
+        sa.Column("maker", sa.Text(), nullable=False, comment="which silo makes its keys"),
+        sa.Column(
+            "cohort", sa.Text(), nullable=False, comment="JSON list of names, sorted: who was to acknowledge it when it was opened"
+        ),
+        sa.Column("deadline_ms", sa.BigInteger(), nullable=False, comment="Unix ms: of the agreement"),
+        sa.Column("opened_ms", sa.BigInteger(), nullable=False, comment="Unix ms: the maker was asked"),
+        sa.CheckConstraint("number >= 1 AND first_round >= 1", name=op.f("ck_epochs_count")),
+        sa.ForeignKeyConstraint(
+            ["run"],
+            ["runs.id"],
+        ),
+        sa.PrimaryKeyConstraint("run", "number"),
+    )
+    op.create_table(
         "attempts",
         sa.Column("run", sa.Text(), nullable=False, comment="runs.id"),
         sa.Column(
@@ -196,18 +221,29 @@ def upgrade() -> None:
         "statements",
         sa.Column("digest", sa.LargeBinary(), nullable=False, comment="32 bytes: messages.statement_digest"),
         sa.Column("run", sa.Text(), nullable=False, comment="runs.id"),
-        sa.Column("round", sa.BigInteger(), autoincrement=False, nullable=False, comment="0 for join and refusal"),
-        sa.Column("attempt", sa.BigInteger(), autoincrement=False, nullable=False, comment="0 for join and refusal"),
+        sa.Column(
+            "round", sa.BigInteger(), autoincrement=False, nullable=False, comment="0 for what is said of a run or of a key epoch"
+        ),
+        sa.Column(
+            "attempt",
+            sa.BigInteger(),
+            autoincrement=False,
+            nullable=False,
+            comment="0 for what is said of a run; with round 0 the number of a key epoch",
+        ),
         sa.Column("silo", sa.Text(), nullable=False, comment="who signed"),
         sa.Column(
             "message",
             sa.Text(),
             nullable=False,
-            comment="answer (join, refusal), upload, seal or model-report: what a silo may say once",
+            comment="answer (join, refusal), halt, key-epoch, epoch-ack, upload, seal or model-report: what a silo may say once",
         ),
         sa.Column("signed", sa.LargeBinary(), nullable=False, comment="pb.Signed as it came"),
         sa.Column("received_ms", sa.BigInteger(), nullable=False, comment="Unix ms: when it was durable"),
-        sa.CheckConstraint("message IN ('answer', 'upload', 'seal', 'model-report')", name=op.f("ck_statements_message")),
+        sa.CheckConstraint(
+            "message IN ('answer', 'halt', 'key-epoch', 'epoch-ack', 'upload', 'seal', 'model-report')",
+            name=op.f("ck_statements_message"),
+        ),
         sa.ForeignKeyConstraint(
             ["run"],
             ["runs.id"],
@@ -220,8 +256,16 @@ def upgrade() -> None:
     op.create_table(
         "uploads",
         sa.Column("run", sa.Text(), nullable=False, comment="runs.id"),
-        sa.Column("round", sa.Integer(), autoincrement=False, nullable=False, comment="1-based"),
-        sa.Column("attempt", sa.Integer(), autoincrement=False, nullable=False, comment="1-based"),
+        sa.Column(
+            "round", sa.Integer(), autoincrement=False, nullable=False, comment="1-based; 0 for the checkpoint of a key epoch"
+        ),
+        sa.Column(
+            "attempt",
+            sa.Integer(),
+            autoincrement=False,
+            nullable=False,
+            comment="1-based; with round 0 the number of the key epoch",
+        ),
         sa.Column("silo", sa.Text(), nullable=False, comment="whose it is"),
         sa.Column("content_digest", sa.LargeBinary(), nullable=False, comment="32 bytes over all chunks"),
         sa.Column("num_bytes", sa.BigInteger(), autoincrement=False, nullable=False, comment="bytes of all chunks"),
@@ -230,21 +274,21 @@ def upgrade() -> None:
             sa.BigInteger(),
             autoincrement=False,
             nullable=False,
-            comment="patients: what the control chunk must say",
+            comment="patients: what its header says; 0 of a checkpoint",
         ),
         sa.Column(
             "state",
             sa.Text(),
             nullable=False,
-            comment="receiving, durable, or deleted once its sum is published or its attempt abandoned",
+            comment="receiving, durable, or deleted once its sum is published, its attempt abandoned or a newer checkpoint here",
         ),
         sa.Column("begun_ms", sa.BigInteger(), nullable=False, comment="Unix ms: header accepted"),
         sa.Column("finished_ms", sa.BigInteger(), nullable=True, comment="Unix ms: verified whole and durable"),
         sa.CheckConstraint("state <> 'durable' OR finished_ms IS NOT NULL", name=op.f("ck_uploads_durable")),
         sa.CheckConstraint("state IN ('receiving', 'durable', 'deleted')", name=op.f("ck_uploads_state")),
         sa.ForeignKeyConstraint(
-            ["run", "round", "attempt"],
-            ["attempts.run", "attempts.round", "attempts.attempt"],
+            ["run"],
+            ["runs.id"],
         ),
         sa.PrimaryKeyConstraint("run", "round", "attempt", "silo"),
     )

@@ -1,6 +1,7 @@
 """What one silo is offered: a pure function of what the store showed at one instant."""
 
-from aggregator.store import RunState, Sum, Waiting
+from aggregator.cohort import keying_facts
+from aggregator.records import RunState, Sum, Waiting
 from wardround.audit import SignedHead
 from wardround.canonical import sha256
 from wardround.pb import federation_pb2 as pb
@@ -12,7 +13,7 @@ _IN_COHORT = {"open": pb.OPEN, "sealed": pb.SEALED, "evaluating": pb.EVALUATING}
 def offer(waiting: Waiting, silo: str, federation: str, message: str) -> pb.Offer:
     """The offer with its etag, a digest over everything in it but the audit head."""
     state = waiting.state
-    made = pb.Offer(phase=pb.IDLE, message=message) if state is None else _of_run(state, waiting.sums, silo, federation, message)
+    made = pb.Offer(phase=pb.IDLE, message=message) if state is None else _of_run(state, waiting, silo, federation, message)
     made.roster_version = waiting.roster_version
     made.etag = sha256(made.SerializeToString(deterministic=True))
     made.head.CopyFrom(audit_head(waiting.head))
@@ -23,18 +24,26 @@ def audit_head(head: SignedHead) -> pb.AuditHead:
     return pb.AuditHead(seq=head.head.seq, hash=head.head.hash, signature=head.signature)
 
 
-def _of_run(state: RunState, sums: tuple[Sum, ...], silo: str, federation: str, message: str) -> pb.Offer:
+def _of_run(state: RunState, waiting: Waiting, silo: str, federation: str, message: str) -> pb.Offer:
     phase = _phase(state, silo)
     made = pb.Offer(phase=phase, run=state.id, plan=state.plan_text, message=message)
-    attempt = state.attempt
-    if phase == pb.INVITED or attempt is None:
+    attempt, epoch = state.attempt, state.epoch
+    if phase == pb.KEYING:
+        made.facts.CopyFrom(keying_facts(state, federation))
+    elif phase == pb.INVITED or attempt is None:
         made.facts.CopyFrom(_of_the_run_alone(state, federation))
-        return made
-    made.facts.CopyFrom(attempt.facts)
-    made.joins.extend(state.joins[name] for name in attempt.cohort)
-    if phase == pb.SEALED:
+    else:
+        made.facts.CopyFrom(attempt.facts)
+        made.joins.extend(state.joins[name] for name in attempt.cohort)
+    if attempt is not None and phase == pb.SEALED:
         made.uploads.extend(state.headers[name] for name in attempt.u3)
-    made.sums.extend(published(one) for one in sums)
+    if silo in state.joins:
+        made.sums.extend(published(one) for one in waiting.sums)
+        if epoch is not None and epoch.statement is not None:
+            made.relayed.append(epoch.statement)
+            if waiting.checkpoint is not None:
+                made.checkpoint.CopyFrom(published(waiting.checkpoint))
+                made.checkpoint.digest, made.checkpoint.num_bytes = epoch.body.checkpoint_digest, epoch.body.checkpoint_bytes
     return made
 
 
@@ -43,7 +52,11 @@ def _phase(state: RunState, silo: str) -> pb.Phase:
         return _ENDED[state.phase]
     if silo not in state.joins and silo not in state.refusals:
         return pb.INVITED  # also of a running run: it becomes part of the cohort from the next attempt
-    if state.attempt is None or silo not in state.joins:
+    if silo not in state.joins:
+        return pb.WAITING
+    if state.epoch is not None and state.epoch.statement is None and state.epoch.maker == silo:
+        return pb.KEYING
+    if state.attempt is None:
         return pb.WAITING
     if state.attempt.phase == "evaluating":
         return pb.EVALUATING

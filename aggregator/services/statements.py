@@ -1,4 +1,4 @@
-"""What a silo may post: join, refusal, seal, model report. Checked against the store's state, kept once, answered by its digest."""
+"""What a silo may post. Checked against the store's state, kept once, answered by its digest."""
 
 import math
 from collections.abc import Mapping
@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from aggregator import cohort
 from aggregator.interceptors import Caller
 from aggregator.members import conflict
-from aggregator.store import Attempt, RunState, Store, on_fresh_state
+from aggregator.records import Attempt, Epoch, RunState
+from aggregator.store import Store, on_fresh_state
 from aggregator.telemetry import log
 from wardround import VERSION
 from wardround.errors import IntegrityError, MessageError, VersionError
 from wardround.layout import layout_of
-from wardround.messages import cohort_digest, opened, statement_digest
+from wardround.he import checkpoint_bytes, parameters_of
+from wardround.messages import cohort_digest, epoch_ctx, opened, statement_digest
 from wardround.pb import federation_pb2 as pb
 
 MAX_NOTES = 16
@@ -26,7 +28,15 @@ class Statements:
 
     def post(self, caller: Caller, signed: pb.Signed) -> pb.Receipt:
         """Raises IdentityError, MessageError, ConflictError, VersionError, IntegrityError."""
-        kinds = {"join": self._join, "refusal": self._refusal, "seal": self._seal, "model-report": self._report}
+        kinds = {
+            "join": self._join,
+            "refusal": self._refusal,
+            "halt": self._halt,
+            "key-epoch": self._key_epoch,
+            "epoch-ack": self._epoch_ack,
+            "seal": self._seal,
+            "model-report": self._report,
+        }
         keep = kinds.get(signed.message)
         if keep is None:
             raise MessageError(f"expected one of {', '.join(kinds)}, got a message named {signed.message[:40]!r}")
@@ -55,6 +65,44 @@ class Statements:
         _check_run(state, refusal.run, refusal.plan_digest)
         _check_texts([refusal.code, refusal.reason])
         return self._store.said(signed, (state.id, 0, 0), {"code": refusal.code, "reason": refusal.reason}, state.seq)
+
+    def _halt(self, signed: pb.Signed, identity: bytes) -> bytes:
+        state = self._run_of(signed)
+        halt = opened(signed, pb.Halt, state.ctx, identity)
+        if known := _known(signed, state.halts):
+            return known
+        _check_underway(state)
+        if signed.silo not in state.joins or halt.run != state.id:
+            raise MessageError(f"{signed.silo} halts a run that it has not joined")
+        _check_texts([halt.reason])
+        facts = {"at": [halt.round, halt.attempt], "reason": halt.reason}
+        return self._store.said(signed, (state.id, 0, 0), facts, state.seq)
+
+    # --- of a key epoch --------------------------------------------------------------------------------------------------------
+
+    def _key_epoch(self, signed: pb.Signed, identity: bytes) -> bytes:
+        """Without a checkpoint; with one it is the header of a transfer (transfers.py)."""
+        state, epoch, ctx = epoch_of(self._store, signed)
+        body = opened(signed, pb.KeyEpoch, ctx, identity)
+        if epoch.statement is not None and (known := _known(signed, {epoch.maker: epoch.statement})):
+            return known
+        check_key_epoch(state, epoch, signed, body)
+        if body.checkpoint_bytes:
+            raise MessageError("a key epoch with a checkpoint begins with BeginUpload")
+        return self._store.said(signed, (state.id, 0, epoch.number), {"commitment": body.commitment.hex()}, state.seq)
+
+    def _epoch_ack(self, signed: pb.Signed, identity: bytes) -> bytes:
+        state, epoch, ctx = epoch_of(self._store, signed)
+        ack = opened(signed, pb.EpochAck, ctx, identity)
+        if known := _known(signed, epoch.acks):
+            return known
+        if epoch.statement is None or signed.silo not in state.rosters[epoch.roster_version].active():
+            raise MessageError(f"{signed.silo} acknowledges key epoch {ack.number}, in which it holds no keys")
+        if (ack.number, ack.commitment) != (epoch.number, epoch.body.commitment):
+            raise IntegrityError(
+                f"{signed.silo} acknowledges another key epoch than the one {epoch.maker} made: nothing is summed under it"
+            )
+        return self._store.said(signed, (state.id, 0, epoch.number), {}, state.seq)
 
     def _run_of(self, signed: pb.Signed) -> RunState:
         state = self._store.run_of(signed.ctx)
@@ -94,6 +142,44 @@ class Statements:
         return self._store.said(signed, attempt.key, {"model": report.model_mac.hex()}, state.seq)
 
 
+def epoch_of(store: Store, signed: pb.Signed) -> tuple[RunState, Epoch, bytes]:
+    """The active run, its newest key epoch and what statements about that are signed for. Raises MessageError for any other."""
+    state = store.active_run()
+    epoch = state.epoch if state is not None else None
+    if state is None or epoch is None or signed.silo not in state.joins:
+        raise MessageError(f"the {signed.message} of {signed.silo} belongs to no key epoch of a run that it joined")
+    roster, he_digest = state.rosters[epoch.roster_version].digest, parameters_of(state.plan).digest
+    ctx = epoch_ctx(store.federation, state.id, state.plan.digest, epoch.number, roster, he_digest)
+    if signed.ctx != ctx:
+        raise MessageError(f"the {signed.message} of {signed.silo} was made for an old or another key epoch than {epoch.number}")
+    return state, epoch, ctx
+
+
+def check_key_epoch(state: RunState, epoch: Epoch, signed: pb.Signed, body: pb.KeyEpoch) -> None:
+    """Raises MessageError that names the first field that is not what this key epoch demands."""
+    if signed.silo != epoch.maker:
+        raise MessageError(f"the keys of key epoch {epoch.number} are for {epoch.maker} to make, not for {signed.silo}")
+    roster = state.rosters[epoch.roster_version]
+    members = sorted(roster.active())
+    checkpoint = checkpoint_bytes(layout_of(state.plan)) if epoch.first_round > 1 else 0
+    expected = {
+        "run": state.id,
+        "number": epoch.number,
+        "first_round": epoch.first_round,
+        "roster_version": epoch.roster_version,
+        "roster_digest": roster.digest,
+        "he_digest": parameters_of(state.plan).digest,
+        "checkpoint_bytes": checkpoint,
+    }
+    for name, value in expected.items():
+        if getattr(body, name) != value:
+            raise MessageError(f"the key epoch's {name} is not what this aggregator asked for")
+    if [box.silo for box in body.boxes] != members:
+        raise MessageError(f"a key epoch has one box for each of {', '.join(members)}, and no other")
+    if len(body.commitment) != 32 or len(body.checkpoint_digest) != (32 if checkpoint else 0):
+        raise MessageError("a digest has 32 bytes")
+
+
 def attempt_of(store: Store, ctx: bytes, message: str, silo: str) -> tuple[Attempt, RunState]:
     """The attempt a statement was made for, by a silo that joined its run. Raises MessageError."""
     found = store.attempt_of(ctx)
@@ -119,6 +205,9 @@ def check_join(state: RunState, join: pb.Join) -> None:
         raise MessageError(f"declared_patients has one or two significant digits and is at least 1: got {digits}")
     if join.layout_digest != layout_of(state.plan).digest:
         raise IntegrityError("this silo builds another layout from the plan than the aggregator: compare software versions")
+    most = parameters_of(state.plan).max_silos
+    if len(state.joins) >= most:
+        raise MessageError(f"the plan's packing adds up at most {most} silos, and as many have joined: the plan needs more headroom")
     if join.roster_version > max(state.rosters):
         raise MessageError(f"the newest roster has version {max(state.rosters)}: this silo says it approved {join.roster_version}")
     if state.phase != "running":

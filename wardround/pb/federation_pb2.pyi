@@ -18,6 +18,7 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COMPLETED: _ClassVar[Phase]
     FAILED: _ClassVar[Phase]
     ABORTED: _ClassVar[Phase]
+    KEYING: _ClassVar[Phase]
 IDLE: Phase
 INVITED: Phase
 WAITING: Phase
@@ -27,6 +28,7 @@ EVALUATING: Phase
 COMPLETED: Phase
 FAILED: Phase
 ABORTED: Phase
+KEYING: Phase
 
 class Signed(_message.Message):
     __slots__ = ("message", "ctx", "body", "silo", "signature")
@@ -83,6 +85,60 @@ class Refusal(_message.Message):
     code: str
     reason: str
     def __init__(self, run: _Optional[str] = ..., plan_digest: _Optional[bytes] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class KeyEpoch(_message.Message):
+    __slots__ = ("run", "number", "first_round", "roster_version", "roster_digest", "he_digest", "commitment", "sealed_keys", "boxes", "checkpoint_digest", "checkpoint_bytes")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROUND_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROSTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    HE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    COMMITMENT_FIELD_NUMBER: _ClassVar[int]
+    SEALED_KEYS_FIELD_NUMBER: _ClassVar[int]
+    BOXES_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    number: int
+    first_round: int
+    roster_version: int
+    roster_digest: bytes
+    he_digest: bytes
+    commitment: bytes
+    sealed_keys: bytes
+    boxes: _containers.RepeatedCompositeFieldContainer[KeyBox]
+    checkpoint_digest: bytes
+    checkpoint_bytes: int
+    def __init__(self, run: _Optional[str] = ..., number: _Optional[int] = ..., first_round: _Optional[int] = ..., roster_version: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., he_digest: _Optional[bytes] = ..., commitment: _Optional[bytes] = ..., sealed_keys: _Optional[bytes] = ..., boxes: _Optional[_Iterable[_Union[KeyBox, _Mapping]]] = ..., checkpoint_digest: _Optional[bytes] = ..., checkpoint_bytes: _Optional[int] = ...) -> None: ...
+
+class KeyBox(_message.Message):
+    __slots__ = ("silo", "sealed")
+    SILO_FIELD_NUMBER: _ClassVar[int]
+    SEALED_FIELD_NUMBER: _ClassVar[int]
+    silo: str
+    sealed: bytes
+    def __init__(self, silo: _Optional[str] = ..., sealed: _Optional[bytes] = ...) -> None: ...
+
+class EpochAck(_message.Message):
+    __slots__ = ("number", "commitment")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    COMMITMENT_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    commitment: bytes
+    def __init__(self, number: _Optional[int] = ..., commitment: _Optional[bytes] = ...) -> None: ...
+
+class Halt(_message.Message):
+    __slots__ = ("run", "round", "attempt", "reason")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    round: int
+    attempt: int
+    reason: str
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
     __slots__ = ("run", "round", "attempt", "silo", "content_digest", "num_chunks", "content_bytes", "declared_patients", "cap", "u2_digest", "ledger_head")
@@ -228,7 +284,7 @@ class PollRequest(_message.Message):
     def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., software_version: _Optional[str] = ..., seen: _Optional[bytes] = ..., activity: _Optional[str] = ..., roster_version: _Optional[int] = ..., head_seq: _Optional[int] = ..., head_hash: _Optional[bytes] = ..., run: _Optional[str] = ..., model_round: _Optional[int] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("etag", "unchanged", "phase", "run", "plan", "facts", "joins", "uploads", "relayed", "sums", "head", "roster_version", "message")
+    __slots__ = ("etag", "unchanged", "phase", "run", "plan", "facts", "joins", "uploads", "relayed", "sums", "head", "roster_version", "message", "checkpoint")
     ETAG_FIELD_NUMBER: _ClassVar[int]
     UNCHANGED_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -242,6 +298,7 @@ class Offer(_message.Message):
     HEAD_FIELD_NUMBER: _ClassVar[int]
     ROSTER_VERSION_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     etag: bytes
     unchanged: bool
     phase: Phase
@@ -255,7 +312,8 @@ class Offer(_message.Message):
     head: AuditHead
     roster_version: int
     message: str
-    def __init__(self, etag: _Optional[bytes] = ..., unchanged: _Optional[bool] = ..., phase: _Optional[_Union[Phase, str]] = ..., run: _Optional[str] = ..., plan: _Optional[bytes] = ..., facts: _Optional[_Union[Round, _Mapping]] = ..., joins: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., uploads: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., relayed: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., sums: _Optional[_Iterable[_Union[Sum, _Mapping]]] = ..., head: _Optional[_Union[AuditHead, _Mapping]] = ..., roster_version: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+    checkpoint: Sum
+    def __init__(self, etag: _Optional[bytes] = ..., unchanged: _Optional[bool] = ..., phase: _Optional[_Union[Phase, str]] = ..., run: _Optional[str] = ..., plan: _Optional[bytes] = ..., facts: _Optional[_Union[Round, _Mapping]] = ..., joins: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., uploads: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., relayed: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., sums: _Optional[_Iterable[_Union[Sum, _Mapping]]] = ..., head: _Optional[_Union[AuditHead, _Mapping]] = ..., roster_version: _Optional[int] = ..., message: _Optional[str] = ..., checkpoint: _Optional[_Union[Sum, _Mapping]] = ...) -> None: ...
 
 class Round(_message.Message):
     __slots__ = ("protocol", "federation", "round", "attempt", "plan_digest", "layout_digest", "bounds_digest", "he_digest", "key_epoch", "epoch_commitment", "roster_digest", "previous_model_mac", "ctx", "cohort", "cap", "roster_version", "deadline_unix_ms")

@@ -105,14 +105,15 @@ class FederationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Post(self, request, context):
-        """Join, Refusal, Seal, ModelReport; the same bytes twice get the same receipt.
+        """Every statement but a header; the same bytes twice get the same receipt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BeginUpload(self, request, context):
-        """A resumable transfer: Begin says how many bytes are durable already, Put appends from there, Finish verifies the whole.
+        """A resumable transfer of what an UploadHeader or a KeyEpoch names: Begin says how many bytes are durable already, Put appends
+        from there, Finish verifies the whole.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
