@@ -2,7 +2,6 @@
 
 from aggregator.records import Epoch, RunState
 from wardround.canonical import canonical_json, frame, sha256
-from wardround.he import parameters_of
 from wardround.layout import layout_of
 from wardround.messages import round_ctx
 from wardround.pb import federation_pb2 as pb
@@ -122,7 +121,7 @@ def next_facts(state: RunState, federation: str, deadline_ms: int) -> pb.Round:
         plan_digest=state.plan.digest,
         layout_digest=layout_of(state.plan).digest,
         bounds_digest=bounds,
-        he_digest=parameters_of(state.plan).digest,
+        he_digest=state.plan.aggregation.he.digest,
         key_epoch=epoch.number,
         epoch_commitment=epoch.body.commitment,
         roster_digest=state.rosters[version].digest,
@@ -146,7 +145,7 @@ def keying_facts(state: RunState, federation: str) -> pb.Round:
         federation=federation,
         round=epoch.first_round,
         plan_digest=state.plan.digest,
-        he_digest=parameters_of(state.plan).digest,
+        he_digest=state.plan.aggregation.he.digest,
         key_epoch=epoch.number,
         roster_digest=state.rosters[epoch.roster_version].digest,
         roster_version=epoch.roster_version,

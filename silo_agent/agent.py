@@ -19,53 +19,35 @@ from silo_agent.custody.spool import Spool
 from silo_agent.custody.state import State
 from silo_agent.desk import Desk
 from silo_agent.inbox import Inbox
+from silo_agent.keyring import Keyring
 from silo_agent.launch.process import Helper
 from silo_agent.membership import Membership
 from silo_agent.round import Action, Attempt, Offered, Row, Stance, next_row
-from silo_agent.secure_sum.check import CLEAR_EPOCH_SECRET, checked_sum, control_chunk, upload_bytes
-from silo_agent.secure_sum.global_model import GlobalModel, clear_digest_key, model_mac
+from silo_agent.run import Run, exponents_of
+from silo_agent.secure_sum.check import checked_sum, control_chunk, upload_coefficients
+from silo_agent.secure_sum.checkpoint import Reported, read_checkpoint
+from silo_agent.secure_sum.encryption import decrypt, encrypt
+from silo_agent.secure_sum.global_model import GlobalModel, initial_digest_key, model_mac
 from silo_agent.secure_sum.packing import Exponents, bounds_digest, derive, encode, next_bounds, start_bounds
 from silo_agent.telemetry import log
 from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork
 from wardround import PROTOCOL, PROTOCOL_OLDEST, VERSION
 from wardround.canonical import canonical_json, frame, sha256
-from wardround.chunks import ControlMap, clear_coefficients, metric_names, num_chunks
+from wardround.chunks import num_chunks
 from wardround.errors import Disconnected, IntegrityError, MessageError, StorageError, WardroundError
-from wardround.layout import Layout, layout_of
 from wardround.messages import run_ctx, sign, statement_digest
 from wardround.pb import federation_pb2 as pb
-from wardround.plan import Plan, parse_plan
+from wardround.plan import parse_plan
 
 MIN_VALIDATION_PATIENTS = 10  # below it a silo adds nothing to the cohort's metrics: a mean over few patients says too much
 HELPER_CHECK_S = 1.0
 MAX_REASON_CHARS = 500  # of a Refusal; the aggregator takes one line of at most that
-CLEAR_NOTE = "updates travelled in the clear: the aggregator could read each hospital's update"
+UNMASKED_NOTE = "one hospital together with the aggregator could read every update; masks come next"
 SEEDED_NOTE = "randomness came from a seed: reproducible, not private"
 
 
 class Superseded(Exception):
     """The offer moved on while a helper was working: look again."""
-
-
-class Run:
-    """One run as the silo's state and plan describe it."""
-
-    def __init__(self, row: sqlite3.Row) -> None:
-        self.id: str = row["run"]
-        self.plan: Plan = parse_plan(row["plan"])
-        self.layout: Layout = layout_of(self.plan)
-        self.snapshot: str | None = row["snapshot"]
-        self.model_round: int = row["model_round"]
-        self.statement: bytes | None = row["statement"]
-        self.digest_key = clear_digest_key(self.id)
-        self.metrics = metric_names(self.plan.classes)
-
-    def layout_in(self, round_: int) -> Layout | None:
-        """None in the closing round, which sums metrics only."""
-        return self.layout if round_ <= self.plan.rounds else None
-
-    def control(self, round_: int) -> ControlMap:
-        return ControlMap(len(self.layout.arrays) if round_ <= self.plan.rounds else 0, self.metrics)
 
 
 class Agent:
@@ -86,6 +68,7 @@ class Agent:
         self.spool = Spool(settings.data / "spool")
         self.membership = Membership(settings, keys, state)
         self.silo, self.federation = self.membership.silo, self.membership.federation
+        self.keyring = Keyring(keys, state, self.spool, self.membership)
         self.inbox = Inbox(self._request, self.membership.dial, self.membership.attend)
         self._activity = ""
 
@@ -160,15 +143,27 @@ class Agent:
     def _offered(self, offer: pb.Offer) -> Offered:
         row = self.state.run(offer.run)
         plan = None if row is None or row["code"] is not None else Run(row).plan  # a refused plan may not even parse
+        ours = self._our_keys(offer)
         return Offered(
             phase=pb.Phase.Name(offer.phase),
             attempt=(offer.facts.round, offer.facts.attempt),
             rounds=plan.rounds if plan else 0,
             in_cohort=self.silo in offer.facts.cohort,
             in_u3=self.silo in (signed.silo for signed in offer.uploads),
-            summed_rounds=frozenset(total.facts.round for total in offer.sums),
+            summed_rounds=frozenset(
+                total.facts.round for total in offer.sums if self.keyring.holds(offer.run, total.facts.key_epoch)
+            ),
+            epoch=offer.facts.key_epoch if offer.phase == pb.KEYING else 0 if ours is None else pb.KeyEpoch.FromString(ours.body).number,
+            checkpoint_round=offer.checkpoint.facts.round,
             validate_every=plan.validate_every if plan else 1,
         )
+
+    def _our_keys(self, offer: pb.Offer) -> pb.Signed | None:
+        """The relayed KeyEpoch, if it has a box for this silo."""
+        for signed in offer.relayed:
+            if signed.message == "key-epoch" and self.silo in (box.silo for box in pb.KeyEpoch.FromString(signed.body).boxes):
+                return signed
+        return None
 
     # --- the run's beginning ---------------------------------------------------------------------------------------------------
 
@@ -219,14 +214,14 @@ class Agent:
         assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
         model = GlobalModel.initial(result.values, run.layout)
         exponents = start_bounds(np.frombuffer(result.values, dtype="<f4"), run.layout)
-        self._keep_model(run, 0, model, exponents, [])
+        self._keep_model(run, 0, model, exponents, [], model_mac(initial_digest_key(run.id), run.layout, model.parameters))
 
     def _join(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
         if run.statement is None:
             binding = self.settings.dataset(run.plan.dataset)
             model = self.state.model(run.id, 0)
-            notes = [CLEAR_NOTE, *([SEEDED_NOTE] if self.seed is not None else []), *([binding.note] if binding.note else [])]
+            notes = [UNMASKED_NOTE, *([SEEDED_NOTE] if self.seed is not None else []), *([binding.note] if binding.note else [])]
             declared_facts = {"dataset": run.plan.dataset, "silo": self.silo, "declared_patients": binding.declared_patients}
             body = pb.Join(
                 run=run.id,
@@ -237,7 +232,7 @@ class Agent:
                 declared_patients=binding.declared_patients,
                 layout_digest=run.layout.digest,
                 initial_model_mac=model["mac"],
-                bounds_digest=bounds_digest(_exponents(model)),
+                bounds_digest=bounds_digest(exponents_of(model)),
                 roster_version=self.membership.approved_version(),
                 dataset_digest=sha256(canonical_json(declared_facts)),
                 per_silo_metrics=self.policy.metrics == "per_silo",
@@ -249,6 +244,35 @@ class Agent:
         assert statement is not None  # noqa: S101 - kept above
         self.membership.dial().post(pb.Signed.FromString(statement))
         self.state.set_stance(run.id, Stance.JOINED)
+
+    # --- key epochs ------------------------------------------------------------------------------------------------------------
+
+    def _make_keys(self, offer: pb.Offer) -> None:
+        self.keyring.make(self._run(offer.run), offer.facts)
+
+    def _take_keys(self, offer: pb.Offer) -> None:
+        signed = self._our_keys(offer)
+        assert signed is not None  # noqa: S101 - the table: they are on offer
+        self.keyring.take(self._run(offer.run), signed)
+
+    def _restore(self, offer: pb.Offer) -> None:
+        """Take the model of a round this silo missed from the newest key epoch's checkpoint."""
+        run, total = self._run(offer.run), offer.checkpoint
+        row = self.state.epoch(run.id)
+        assert row is not None  # noqa: S101 - the table: its keys are held
+        keys = self.keyring.keys(run, row["number"])
+        report = scrutiny.check_restorable(self._known(run, row["number"]), total, self._members(total.facts.roster_version)[1])
+        blob = self.membership.dial().fetch(total.digest, total.num_bytes, self.spool)
+        reported = Reported(total.facts.round, report.model_mac, report.bounds_digest)
+        model, exponents = read_checkpoint(blob, reported, run.layout, keys)
+        sources = {"ctx": total.facts.ctx, "sum_digest": report.sum_digest, "means": json.dumps(dict(report.means)), "reported": 1}
+        self._keep_model(run, total.facts.round, model, exponents, [], report.model_mac, **sources)
+
+    def _halt(self, offer: pb.Offer) -> None:
+        row = self.state.run(offer.run)
+        assert row is not None  # noqa: S101 - the table: its Halt is kept
+        self.membership.dial().post(pb.Signed.FromString(row["halt"]))
+        self.state.halted(offer.run)
 
     # --- a round ---------------------------------------------------------------------------------------------------------------
 
@@ -276,7 +300,7 @@ class Agent:
     def _encode(self, offer: pb.Offer) -> None:
         run, facts = self._run(offer.run), offer.facts
         ctx, identities = self._checked(run, facts)
-        declared = scrutiny.check_joins(self._known(run), offer.joins, facts.cohort, identities)
+        declared = scrutiny.check_joins(self._known(run, facts.key_epoch), offer.joins, facts.cohort, identities)
         if facts.cap < max(declared.values()):
             raise IntegrityError(f"the aggregator's cap of {facts.cap} is below a silo's declared patients")
         model = self.state.model(run.id, run.model_round)
@@ -285,10 +309,11 @@ class Agent:
             event = self.state.event(run.id, facts.round)
             update = np.frombuffer(self.spool.get(event["update_digest"]), dtype="<f4")
             rounding = derive(event["random_key"], b"wardround/rounding/1")
-            encoded = encode(update, run.layout, _exponents(model), declared[self.silo] / facts.cap, rounding)
+            encoded = encode(update, run.layout, exponents_of(model), declared[self.silo] / facts.cap, rounding)
         metrics = json.loads(model["metrics"]) if (model["num_validation"] or 0) >= MIN_VALIDATION_PATIENTS else None
-        control = control_chunk(run.control(facts.round), declared[self.silo], encoded, metrics, ctx, CLEAR_EPOCH_SECRET)
-        content = upload_bytes(control, encoded)
+        keys = self.keyring.keys(run, facts.key_epoch)
+        control = control_chunk(run.control(facts.round), declared[self.silo], encoded, metrics, ctx, keys.secret)
+        content = encrypt(run.he, keys.he_secret_key, upload_coefficients(control, encoded))
         header = pb.UploadHeader(
             run=run.id,
             round=facts.round,
@@ -311,7 +336,7 @@ class Agent:
     def _seal(self, offer: pb.Offer) -> None:
         run, facts = self._run(offer.run), offer.facts
         ctx, identities = self._checked(run, facts)
-        known = self._known(run)
+        known = self._known(run, facts.key_epoch)
         sealable = scrutiny.check_uploads(known, facts, ctx, offer.uploads, identities)
         declared = scrutiny.check_joins(known, offer.joins, list(sealable.headers), identities)
         if sealable.declared != list(declared.values()):
@@ -325,21 +350,27 @@ class Agent:
     def _apply(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
         total = next(total for total in offer.sums if total.facts.round == run.model_round + 1)
-        facts, known = total.facts, self._known(run)
+        facts, known = total.facts, self._known(run, total.facts.key_epoch)
         ctx, identities = self._checked(run, facts)
         sealable = scrutiny.check_uploads(known, facts, ctx, total.uploads, identities)
         self._check_sealed(run, facts, list(sealable.headers))
         layout = run.layout_in(facts.round)
         blob = self.membership.dial().fetch(total.digest, total.num_bytes, self.spool)
-        coefficients = clear_coefficients(blob, layout)
-        checked = checked_sum(coefficients, layout, run.control(facts.round), sealable.declared, ctx, CLEAR_EPOCH_SECRET)
-        exponents = _exponents(self.state.model(run.id, run.model_round))
+        keys = self.keyring.keys(run, facts.key_epoch)
+        try:
+            coefficients = decrypt(run.he, keys.he_secret_key, blob)
+            checked = checked_sum(coefficients, layout, run.control(facts.round), sealable.declared, ctx, keys.secret)
+        except (IntegrityError, MessageError) as error:
+            self.keyring.halt(run, facts, _one_line(error))
+            log.error("sum refused, keys destroyed", run=run.id, round=facts.round, reason=str(error))
+            return
+        exponents = exponents_of(self.state.model(run.id, run.model_round))
         model = self._model(run, run.model_round)
         if layout is not None:
             model = model.stepped(checked, layout, exponents, sealable.cap, sealable.declared, run.plan.aggregation.server)
             sizes = [array.size for array in layout.arrays]
             exponents = next_bounds(exponents, checked.saturations, checked.moments, sizes, len(sealable.headers))
-        mac = model_mac(run.digest_key, run.layout, model.parameters)
+        mac = model_mac(keys.digest_key, run.layout, model.parameters)
         scrutiny.check_reports(known, facts, ctx, total.reports, identities, mac)
         saturated = sum(checked.saturations) / (run.layout.num_parameters * len(sealable.headers))
         self._keep_model(
@@ -348,6 +379,7 @@ class Agent:
             model,
             exponents,
             list(sealable.headers),
+            mac,
             ctx=ctx,
             sum_digest=total.digest,
             means=json.dumps(checked.means),
@@ -369,7 +401,7 @@ class Agent:
         body = pb.ModelReport(
             round=run.model_round,
             model_mac=model["mac"],
-            bounds_digest=bounds_digest(_exponents(model)),
+            bounds_digest=bounds_digest(exponents_of(model)),
             sum_digest=model["sum_digest"],
             means=json.loads(model["means"]),
             means_of_round=run.model_round - 1,
@@ -393,16 +425,21 @@ class Agent:
             raise MessageError("the aggregator speaks of a run this silo never judged")
         return Run(row)
 
-    def _known(self, run: Run) -> scrutiny.Known:
+    def _known(self, run: Run, key_epoch: int) -> scrutiny.Known:
         model = self.state.model(run.id, run.model_round)
         return scrutiny.Known(
-            self.silo, self.federation, run.id, run.plan, run.layout.digest, bounds_digest(_exponents(model)), model["mac"]
-        )
+            self.silo, self.federation, run.id, run.plan, run.layout.digest, bounds_digest(exponents_of(model)), model["mac"],
+            self.keyring.view(run, key_epoch),
+        )  # fmt: skip
+
+    def _members(self, roster_version: int) -> tuple[bytes, scrutiny.Identities]:
+        digest, members = self.membership.roster(roster_version)
+        return digest, {name: member.identity for name, member in members.items()}
 
     def _checked(self, run: Run, facts: pb.Round) -> tuple[bytes, scrutiny.Identities]:
         """ctx of the attempt, and who may sign in it."""
-        digest, identities = self.membership.roster(facts.roster_version)
-        return scrutiny.check_ctx(self._known(run), facts, digest), identities
+        digest, identities = self._members(facts.roster_version)
+        return scrutiny.check_ctx(self._known(run, facts.key_epoch), facts, digest), identities
 
     def _check_sealed(self, run: Run, facts: pb.Round, u3: list[str]) -> None:
         """A sum must be of the set this silo sealed, where it sealed one."""
@@ -415,8 +452,9 @@ class Agent:
     def _model(self, run: Run, round_: int) -> GlobalModel:
         return GlobalModel.load(self.spool.get(self.state.model(run.id, round_)["state"]), run.layout)
 
-    def _keep_model(self, run: Run, round_: int, model: GlobalModel, exponents: Exponents, u3: list[str], **more: Any) -> None:
-        mac = model_mac(run.digest_key, run.layout, model.parameters)
+    def _keep_model(
+        self, run: Run, round_: int, model: GlobalModel, exponents: Exponents, u3: list[str], mac: bytes, **more: Any
+    ) -> None:
         row = {"mac": mac, "state": self.spool.put(model.dump()), "exponents": json.dumps(exponents), **more}
         self.state.model_made(run.id, round_, row, u3)
         self._tidy(run)
@@ -465,7 +503,3 @@ def _one_line(error: WardroundError) -> str:
 
 def _attempt(offer: pb.Offer) -> Attempt:
     return (offer.facts.round, offer.facts.attempt)
-
-
-def _exponents(model: sqlite3.Row) -> Exponents:
-    return tuple(json.loads(model["exponents"]))

@@ -5,13 +5,12 @@ from silo_agent.config import Settings
 from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.roster import Mode, Standing, check_own_entry, receive, stand
 from silo_agent.custody.state import State
-from silo_agent.scrutiny import Identities
 from silo_agent.telemetry import log
 from wardround import audit, tls
 from wardround.canonical import digest_name
 from wardround.errors import IdentityError, IntegrityError, SettingsError
 from wardround.pb import federation_pb2 as pb
-from wardround.roster import Roster, parse_roster
+from wardround.roster import Member, Roster, parse_roster
 
 
 class Membership:
@@ -98,8 +97,8 @@ class Membership:
         approved = self.standing().approved
         return 0 if approved is None else approved.version
 
-    def roster(self, version: int) -> tuple[bytes, Identities]:
-        """Digest of an approved roster, and identity keys of its members that no newer version removed. Raises IdentityError."""
+    def roster(self, version: int) -> tuple[bytes, dict[str, Member]]:
+        """Digest of an approved roster, and its members that no newer version removed. Raises IdentityError."""
         standing = self.standing()
         if standing.approved is None or version > standing.approved.version:
             raise IdentityError(
@@ -108,8 +107,7 @@ class Membership:
         used = next((roster for roster in self._received() if roster.version == version), None)
         if used is None:
             raise IdentityError(f"the round uses roster version {version}, which this silo never received")
-        members = {name: member for name, member in used.active().items() if standing.members.get(name) == member}
-        return used.digest, {name: member.identity for name, member in members.items()}
+        return used.digest, {name: member for name, member in used.active().items() if standing.members.get(name) == member}
 
 
 def stand_by(state: State, received: list[Roster], mode: Mode) -> Standing:

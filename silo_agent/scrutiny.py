@@ -7,13 +7,22 @@ knows and what other silos signed under the roster it approved.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from wardround.chunks import CLEAR_HE_DIGEST
 from wardround.errors import IntegrityError, MessageError, VersionError
-from wardround.messages import NO_EPOCH, cohort_digest, opened, round_ctx, run_ctx
+from wardround.messages import EPOCH_ROUNDS, cohort_digest, opened, round_ctx, run_ctx
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import Plan
 
 Identities = Mapping[str, bytes]  # silo -> Ed25519 public key, from the approved roster
+
+
+@dataclass(frozen=True)
+class KeyEpoch:
+    """A key epoch as this silo took it."""
+
+    number: int
+    commitment: bytes
+    roster_digest: bytes
+    first_round: int
 
 
 @dataclass(frozen=True)
@@ -27,20 +36,26 @@ class Known:
     layout_digest: bytes
     bounds_digest: bytes  # of the bounds for the next round to sum
     model_mac: bytes  # of the global model this silo holds
+    epoch: KeyEpoch
 
 
 def check_ctx(known: Known, facts: pb.Round, roster_digest: bytes) -> bytes:
     """ctx of the attempt, computed here. Raises MessageError that names the first fact on which the aggregator differs."""
     if facts.protocol != known.plan.protocol:
         raise VersionError(f"the round speaks protocol {facts.protocol}, its plan {known.plan.protocol}")
+    if facts.round >= known.epoch.first_round + EPOCH_ROUNDS or known.epoch.roster_digest != roster_digest:
+        raise MessageError(
+            f"round {facts.round}, attempt {facts.attempt} is offered under key epoch {known.epoch.number}, which ended: at the "
+            f"latest after {EPOCH_ROUNDS} rounds or with another roster a new one is due; nothing is sent"
+        )
     ours = {
         "federation": known.federation,
         "plan_digest": known.plan.digest,
         "layout_digest": known.layout_digest,
         "bounds_digest": known.bounds_digest,
-        "he_digest": CLEAR_HE_DIGEST,
-        "key_epoch": 0,
-        "epoch_commitment": NO_EPOCH,
+        "he_digest": known.plan.aggregation.he.digest,
+        "key_epoch": known.epoch.number,
+        "epoch_commitment": known.epoch.commitment,
         "roster_digest": roster_digest,
         "previous_model_mac": known.model_mac,
     }
@@ -92,6 +107,8 @@ def check_uploads(known: Known, facts: pb.Round, ctx: bytes, uploads: Iterable[p
         headers[signed.silo] = header
     if len(headers) < known.plan.aggregation.min_silos:
         raise IntegrityError(f"a sum of {len(headers)} silos was offered; the plan demands {known.plan.aggregation.min_silos}")
+    if len(headers) > known.plan.aggregation.he.max_silos:
+        raise IntegrityError(f"a sum of {len(headers)} silos was offered; the packing holds {known.plan.aggregation.he.max_silos}")
     if len({header.cap for header in headers.values()}) != 1:
         raise IntegrityError("the silos of one sum used different caps: their updates cannot be added")
     if any(header.declared_patients > header.cap for header in headers.values()):
@@ -111,6 +128,27 @@ def make_seal(known: Known, facts: pb.Round, ctx: bytes, sealable: Sealable, own
         u3=list(sealable.headers),
         content_digests=[header.content_digest for header in sealable.headers.values()],
     )
+
+
+def check_restorable(known: Known, total: pb.Sum, identities: Identities) -> pb.ModelReport:
+    """What the silos reported of a round that this one missed: at least T = floor(2n/3)+1 of the n that were summed, and at least
+    min_silos, all of the same model (secure-sum.md section 6). Raises MessageError or IntegrityError."""
+    facts = total.facts
+    ctx = round_ctx(facts, known.run)
+    if facts.ctx != ctx or (facts.federation, facts.plan_digest) != (known.federation, known.plan.digest):
+        raise MessageError(f"the checkpoint of round {facts.round} is of another run than this silo's")
+    reports = {
+        signed.silo: opened(signed, pb.ModelReport, ctx, _identity(signed.silo, identities)) for signed in total.reports
+    }
+    needed = max(2 * len(total.uploads) // 3 + 1, known.plan.aggregation.min_silos)
+    if len(reports) < needed:
+        raise MessageError(
+            f"the model of round {facts.round} is reported by {len(reports)} silos, {needed} are needed to restore it: it is asked "
+            "for again when more have reported"
+        )
+    if len({(report.model_mac, report.bounds_digest, report.sum_digest) for report in reports.values()}) != 1:
+        raise IntegrityError(f"the silos report different models of round {facts.round}: nothing is restored")
+    return next(iter(reports.values()))
 
 
 def check_reports(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from wardround import PROTOCOL, PROTOCOL_OLDEST
 from wardround.canonical import canonical_json, sha256
 from wardround.errors import PlanError
+from wardround.he import HeParameters, he_parameters
 
 MAX_PLAN_BYTES = 64 * 1024
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
@@ -111,14 +112,29 @@ class Server(_Part):
 
 
 class Aggregation(_Part):
-    """How updates are summed. `encryption: none`: packed integers in the clear; every silo's policy must `allow_clear`."""
+    """How updates are summed: encrypted, for at most `max_silos` of them, at `bits` a parameter (the rows of wardround/he.py)."""
 
-    encryption: Literal["none"]
+    encryption: Literal["bfv"]
     masking: Literal["none"]
-    bits: Literal[16] = 16
-    min_silos: Annotated[int, Field(ge=2, le=32)] = 3
+    bits: Literal[12, 16] = 16
+    max_silos: Literal[32, 64, 128, 1000] = 32
+    min_silos: Annotated[int, Field(ge=2, le=1000)] = 3
     deadline_s: Annotated[int, Field(ge=1, le=30 * 86400)] = 21600
     server: Server = Server()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        try:
+            limit = self.he.max_silos
+        except PlanError as error:
+            raise ValueError(f"aggregation: {error}") from None
+        if self.min_silos > limit:
+            raise ValueError(f"aggregation.min_silos: {self.min_silos} silos do not fit the packing, which holds {limit}")
+        return self
+
+    @property
+    def he(self) -> HeParameters:
+        return he_parameters(self.max_silos, self.bits)
 
 
 class Plan(_Part):

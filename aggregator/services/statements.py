@@ -11,8 +11,7 @@ from aggregator.store import Store, on_fresh_state
 from aggregator.telemetry import log
 from wardround import VERSION
 from wardround.errors import IntegrityError, MessageError, VersionError
-from wardround.layout import layout_of
-from wardround.he import checkpoint_bytes, parameters_of
+from wardround.layout import checkpoint_bytes, layout_of
 from wardround.messages import cohort_digest, epoch_ctx, opened, statement_digest
 from wardround.pb import federation_pb2 as pb
 
@@ -148,7 +147,7 @@ def epoch_of(store: Store, signed: pb.Signed) -> tuple[RunState, Epoch, bytes]:
     epoch = state.epoch if state is not None else None
     if state is None or epoch is None or signed.silo not in state.joins:
         raise MessageError(f"the {signed.message} of {signed.silo} belongs to no key epoch of a run that it joined")
-    roster, he_digest = state.rosters[epoch.roster_version].digest, parameters_of(state.plan).digest
+    roster, he_digest = state.rosters[epoch.roster_version].digest, state.plan.aggregation.he.digest
     ctx = epoch_ctx(store.federation, state.id, state.plan.digest, epoch.number, roster, he_digest)
     if signed.ctx != ctx:
         raise MessageError(f"the {signed.message} of {signed.silo} was made for an old or another key epoch than {epoch.number}")
@@ -168,7 +167,7 @@ def check_key_epoch(state: RunState, epoch: Epoch, signed: pb.Signed, body: pb.K
         "first_round": epoch.first_round,
         "roster_version": epoch.roster_version,
         "roster_digest": roster.digest,
-        "he_digest": parameters_of(state.plan).digest,
+        "he_digest": state.plan.aggregation.he.digest,
         "checkpoint_bytes": checkpoint,
     }
     for name, value in expected.items():
@@ -205,7 +204,7 @@ def check_join(state: RunState, join: pb.Join) -> None:
         raise MessageError(f"declared_patients has one or two significant digits and is at least 1: got {digits}")
     if join.layout_digest != layout_of(state.plan).digest:
         raise IntegrityError("this silo builds another layout from the plan than the aggregator: compare software versions")
-    most = parameters_of(state.plan).max_silos
+    most = state.plan.aggregation.he.max_silos
     if len(state.joins) >= most:
         raise MessageError(f"the plan's packing adds up at most {most} silos, and as many have joined: the plan needs more headroom")
     if join.roster_version > max(state.rosters):

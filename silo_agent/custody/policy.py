@@ -21,7 +21,7 @@ class Policy(BaseModel):
 
     tasks: tuple[Literal["segmentation", "classification"], ...] = ("segmentation", "classification")
     networks: tuple[Literal["UNet", "ResNet18"], ...] = ("UNet", "ResNet18")
-    min_silos: Annotated[int, Field(ge=2, le=32)] = 3
+    min_silos: Annotated[int, Field(ge=2, le=1000)] = 3
     """The smallest sum this hospital's update may be part of."""
 
     allow_two_silo_sum: bool = False
@@ -32,9 +32,6 @@ class Policy(BaseModel):
 
     metrics: Literal["cohort", "per_silo"] = "cohort"
     """Whether this hospital's own validation metrics may be published, or only the cohort's mean."""
-
-    allow_clear: bool = False
-    """Updates without encryption: the aggregator can read them. For the sandbox."""
 
     allow_seeded_noise: bool = False
     """Reproducible randomness (silo-agent run --seed): not private. For the sandbox."""
@@ -97,9 +94,4 @@ def _refusals(policy: Policy, plan: Plan) -> Iterator[str]:
         yield (
             f"policy min_silos is {policy.min_silos}; the plan says aggregation.min_silos: {plan.aggregation.min_silos}. "
             f"Either the plan asks for at least {policy.min_silos}, or the hospital lowers min_silos."
-        )
-    if plan.aggregation.encryption == "none" and not policy.allow_clear:
-        yield (
-            "policy allow_clear is false; the plan says aggregation.encryption: none, so the aggregator could read the update. "
-            "Either the plan encrypts, or the hospital sets allow_clear: true (for simulated data)."
         )

@@ -1,6 +1,7 @@
 """What a silo remembers: one SQLite file. Everything is written before it is sent; each method is one transaction, and the audit
 record of a decision is in the same transaction as the decision."""
 
+import os
 import sqlite3
 import threading
 import time
@@ -43,7 +44,24 @@ CREATE TABLE IF NOT EXISTS runs (
     snapshot TEXT,                               -- hex digest; a run trains on one snapshot
     statement BLOB,                              -- the signed Join, exactly as sent
     model_round INTEGER NOT NULL DEFAULT -1,     -- newest global model: -1 none, 0 the initial one
+    halt BLOB,                                   -- the signed Halt, exactly as sent: a sum failed the check
+    halted INTEGER NOT NULL DEFAULT 0 CHECK (halted IN (0, 1)),  -- acknowledged by the aggregator
     CHECK ((stance IN ('refusing', 'refused')) = (code IS NOT NULL))
+) STRICT;
+
+-- Key epochs this silo holds or held. Destroyed keys are overwritten (secure_delete): once a newer epoch serves alone, after a
+-- failed check, and when the run closes.
+CREATE TABLE IF NOT EXISTS epochs (
+    run TEXT NOT NULL REFERENCES runs,
+    number INTEGER NOT NULL CHECK (number >= 1),
+    first_round INTEGER NOT NULL CHECK (first_round >= 1),
+    roster_digest BLOB NOT NULL CHECK (length(roster_digest) = 32),
+    commitment BLOB NOT NULL CHECK (length(commitment) = 32),
+    secrets BLOB,                                -- EpochKeys.secrets; NULL once destroyed
+    statement BLOB NOT NULL,                     -- the signed KeyEpoch or EpochAck, exactly as sent
+    checkpoint TEXT,                             -- hex digest of the checkpoint this silo made for it; NULL: none
+    told INTEGER NOT NULL DEFAULT 0 CHECK (told IN (0, 1)),  -- acknowledged by the aggregator
+    PRIMARY KEY (run, number)
 ) STRICT;
 
 CREATE TABLE IF NOT EXISTS models (
@@ -110,12 +128,16 @@ class State:
         if audit_key is None and not path.exists():
             raise SettingsError("NOT ENROLLED: run `silo-agent enroll` with the file the coordinator sent")
         try:
+            os.close(os.open(path, os.O_RDONLY | os.O_CREAT, 0o600))  # it holds keys; SQLite's other files take its mode
             self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.execute("PRAGMA secure_delete = ON")
             self._db.executescript(SCHEMA + audit.SCHEMA)
+        except OSError as error:
+            raise StorageError(f"the silo's database cannot be opened: {error.strerror}") from None
         except sqlite3.Error as error:
             raise _storage(error) from None
 
@@ -232,6 +254,8 @@ class State:
             model_round=row["model_round"],
             evaluated_round=_or(newest("models", "round", "metrics IS NOT NULL"), -1),
             reported_round=_or(newest("models", "round", "reported = 1"), 0),
+            epoch=_or(newest("epochs", "number", "told = 1"), 0),
+            halting=row["halt"] is not None and not row["halted"],
             event_round=_or(newest("events", "round"), 0),
             update_round=_or(newest("events", "round", "update_digest IS NOT NULL"), 0),
             encoded=attempt("TRUE"),
@@ -268,12 +292,54 @@ class State:
             )
             if stance is Stance.CLOSED:
                 db.execute("UPDATE events SET random_key = NULL WHERE run = ?", (run,))
+                db.execute("UPDATE epochs SET secrets = NULL WHERE run = ?", (run,))
             self._record(db, stance.value, {"run": run})
 
     def keep_statement(self, run: str, statement: bytes) -> None:
         """The Join, before it is sent: a restart resends the same bytes."""
         with self._transaction() as db:
             db.execute("UPDATE runs SET statement = ? WHERE run = ? AND statement IS NULL", (statement, run))
+
+    # --- key epochs ------------------------------------------------------------------------------------------------------------
+
+    def epoch(self, run: str, number: int | None = None) -> sqlite3.Row | None:
+        """A key epoch; without `number` the newest."""
+        row: sqlite3.Row | None = self._one(
+            "SELECT * FROM epochs WHERE run = ? AND number = coalesce(?, number) ORDER BY number DESC LIMIT 1", run, number
+        )
+        return row
+
+    def keys_kept(self, run: str, number: int, epoch: dict[str, Any]) -> None:
+        """Keys this silo made or took, with the statement that says so, before that is sent."""
+        with self._transaction() as db:
+            columns = {"run": run, "number": number, **epoch}
+            marks = ", ".join(f":{name}" for name in columns)
+            db.execute(f"INSERT INTO epochs ({', '.join(columns)}) VALUES ({marks})", columns)  # noqa: S608 - our words
+            self._record(db, "key epoch", {"run": run, "epoch": number, "commitment": epoch["commitment"].hex()})
+
+    def keys_told(self, run: str, number: int) -> None:
+        """The aggregator knows. Older keys go once no sum is left that this silo would read with them."""
+        with self._transaction() as db:
+            db.execute("UPDATE epochs SET told = 1 WHERE run = ? AND number = ?", (run, number))
+            self._retire_keys(db, run)
+
+    def _retire_keys(self, db: sqlite3.Connection, run: str) -> None:
+        db.execute(
+            "UPDATE epochs SET secrets = NULL WHERE run = :run AND number < (SELECT max(number) FROM epochs WHERE run = :run AND "
+            "told = 1 AND first_round <= (SELECT model_round + 1 FROM runs WHERE run = :run))",
+            {"run": run},
+        )
+
+    def halt(self, run: str, statement: bytes, reason: str) -> None:
+        """A sum failed the check: the keys of the run are destroyed before anyone is told."""
+        with self._transaction() as db:
+            db.execute("UPDATE epochs SET secrets = NULL WHERE run = ?", (run,))
+            db.execute("UPDATE runs SET halt = ? WHERE run = ? AND halt IS NULL", (statement, run))
+            self._record(db, "halt", {"run": run, "reason": reason})
+
+    def halted(self, run: str) -> None:
+        with self._transaction() as db:
+            db.execute("UPDATE runs SET halted = 1 WHERE run = ?", (run,))
 
     # --- models ----------------------------------------------------------------------------------------------------------------
 
@@ -287,17 +353,19 @@ class State:
             marks = ", ".join(f":{name}" for name in columns)
             db.execute(f"INSERT INTO models ({', '.join(columns)}) VALUES ({marks})", columns)  # noqa: S608 - our words
             db.execute("UPDATE runs SET model_round = ? WHERE run = ?", (round_, run))
+            self._retire_keys(db, run)
             self._record(db, "model", {"run": run, "round": round_, "mac": model["mac"].hex(), "silos": u3})
 
     def needed(self, run: str) -> set[str]:
         """Hex digests of what a later step may still ask for: each run's newest model, this run's update and uploads of the round
-        that follows it."""
+        that follows it, and a checkpoint on its way."""
         models = self._all("SELECT state FROM models NATURAL JOIN runs WHERE round = model_round")
         following = "run = ? AND round = (SELECT model_round + 1 FROM runs WHERE run = ?)"
         updates = self._all(f"SELECT update_digest FROM events WHERE {following} AND update_digest NOT NULL", run, run)  # noqa: S608
         headers = self._all(f"SELECT header FROM attempts WHERE {following}", run, run)  # noqa: S608 - our words
         uploads = (pb.UploadHeader.FromString(pb.Signed.FromString(row["header"]).body).content_digest for row in headers)
-        return {*(row[0] for row in models), *(row[0] for row in updates), *(digest.hex() for digest in uploads)}
+        checkpoints = self._all("SELECT checkpoint FROM epochs WHERE run = ? AND told = 0 AND checkpoint NOT NULL", run)
+        return {*(row[0] for row in (*models, *updates, *checkpoints)), *(digest.hex() for digest in uploads)}
 
     def evaluated(self, run: str, round_: int, metrics: str, num_validation: int) -> None:
         with self._transaction() as db:

@@ -1,22 +1,22 @@
-"""Key epochs (secure-sum.md section 3): the two secrets that the silos of a run share and the aggregator never sees.
+"""Key epochs (secure-sum.md section 3): the secrets that the silos of a run share and the aggregator never sees.
 
-The first cohort member by name makes 32 random bytes and the HE secret key, seals the pair for every member of the roster and
-signs what is published; every member opens it, checks the commitment and countersigns. An epoch ends at a roster change, after a
-failed check, and after 100 rounds at the latest.
+One member makes 32 random bytes and the HE secret key, and hands on the key of the run's model reports; it seals them for every
+member of the roster and signs what is published. Every member opens that, checks the commitment and countersigns. An epoch ends at a
+roster change, after a failed check, and after 100 rounds at the latest.
 
-Sealing is hybrid, so that one 32 KB HE key and 1,000 members fit one statement: the pair once under a fresh key, that key once per
+Sealing is hybrid, so that one 32 KB HE key and 1,000 members fit one statement: the secrets once under a fresh key, that key once per
 member in a box of 80 bytes: ephemeral X25519 key | ChaCha20-Poly1305 (RFC 8439) under HKDF-SHA256 (RFC 5869) of X25519 (RFC 7748),
 info "wardround/epoch/1" | ephemeral key | the member's sealing key. Every key encrypts one message, so nonces are zero. The
 associated data are the epoch's facts, the maker and, in a box, the member: nothing opens in another place.
 
-Guarantee: whoever opened an epoch of a given commitment holds the same two secrets as everyone else who did, even if the maker
+Guarantee: whoever opened an epoch of a given commitment holds the same secrets as everyone else who did, even if the maker
 lies (SHA-256 is collision-resistant; ChaCha20-Poly1305 alone does not commit to its key). Not promised: that the maker drew them at
 random or keeps them to itself; every member could give them away.
 """
 
 import hmac
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidTag
@@ -49,48 +49,51 @@ class Epoch:
 
 @dataclass(frozen=True)
 class EpochKeys:
-    """The secrets of an epoch. `secret`: 32 bytes. The linear check derives from it in check.py, checkpoints in checkpoint.py."""
+    """The secrets of an epoch. `secret`: 32 bytes; the linear check derives from it in check.py, checkpoints in checkpoint.py.
+    `digest_key`: 32 bytes; what `global_model.model_mac` is keyed with, so that a report tells the aggregator nothing about the
+    model. It stays the same in every epoch of a run: reports of the last epoch's models are compared in the next."""
 
     epoch: Epoch
     secret: bytes = field(repr=False)
+    digest_key: bytes = field(repr=False)
     he_secret_key: bytes = field(repr=False)
 
     @property
     def commitment(self) -> bytes:
         """32 bytes, public: `epoch_commitment` of every round's ctx."""
-        return sha256(self.epoch.framed(b"wardround/epoch-commitment/1", sha256(self.secret), sha256(self.he_secret_key)))
+        hashes = (sha256(self.secret), sha256(self.digest_key), sha256(self.he_secret_key))
+        return sha256(self.epoch.framed(b"wardround/epoch-commitment/1", *hashes))
 
     @property
-    def digest_key(self) -> bytes:
-        """32 bytes: what `global_model.model_mac` is keyed with, so that a report tells the aggregator nothing about the model."""
-        return derive(self.secret, b"wardround/digest-key/1")
+    def secrets(self) -> bytes:
+        """What is sealed and stored: secret, digest_key, he_secret_key."""
+        return self.secret + self.digest_key + self.he_secret_key
+
+    @classmethod
+    def of(cls, epoch: Epoch, secrets: bytes) -> "EpochKeys":
+        return cls(epoch, secrets[:SECRET_BYTES], secrets[SECRET_BYTES : 2 * SECRET_BYTES], secrets[2 * SECRET_BYTES :])
 
 
 @dataclass(frozen=True)
 class SealedEpoch:
-    """What the maker publishes. `pair`: the secrets under a fresh key. `boxes`: that key for each member, 80 bytes by name."""
+    """What the maker publishes. `secrets`: under a fresh key. `boxes`: that key for each member, 80 bytes by name."""
 
     epoch: Epoch
     commitment: bytes
-    pair: bytes = field(repr=False)
+    secrets: bytes = field(repr=False)
     boxes: Mapping[str, bytes] = field(repr=False)
 
 
-def new_epoch(epoch: Epoch, he_secret_key: bytes) -> EpochKeys:
-    """A fresh secret from the operating system beside a fresh HE key."""
-    return EpochKeys(epoch, os.urandom(SECRET_BYTES), he_secret_key)
-
-
-def maker_of(cohort: Iterable[str]) -> str:
-    """Who makes the epoch, so who must have signed it: the first member by name."""
-    return min(cohort)
+def new_epoch(epoch: Epoch, he_secret_key: bytes, digest_key: bytes | None = None) -> EpochKeys:
+    """A fresh secret from the operating system beside a fresh HE key; `digest_key` of the run's epoch before, fresh in the first."""
+    return EpochKeys(epoch, os.urandom(SECRET_BYTES), digest_key or os.urandom(SECRET_BYTES), he_secret_key)
 
 
 def seal_epoch(keys: EpochKeys, maker: str, members: Mapping[str, bytes]) -> SealedEpoch:
     """`members`: sealing public key (32 bytes) of every roster member by name, the maker's included. Fresh keys at every call, so
     what is published must be stored before it is sent. Raises IdentityError for a key that nobody can receive with."""
-    pair_key = os.urandom(32)
-    pair = ChaCha20Poly1305(pair_key).encrypt(ONE_MESSAGE_NONCE, keys.secret + keys.he_secret_key, _pair_data(keys.epoch, maker))
+    once = os.urandom(32)
+    secrets = ChaCha20Poly1305(once).encrypt(ONE_MESSAGE_NONCE, keys.secrets, _secrets_data(keys.epoch, maker))
     boxes = {}
     for member, sealing in sorted(members.items()):
         ephemeral = X25519PrivateKey.generate()
@@ -102,9 +105,9 @@ def seal_epoch(keys: EpochKeys, maker: str, members: Mapping[str, bytes]) -> Sea
                 f"the roster's sealing key of {member} is not one that can receive: no key epoch was made; "
                 f"the operator must sign a roster with {member} enrolled anew, or without it"
             ) from None
-        box = _box(shared, public, sealing).encrypt(ONE_MESSAGE_NONCE, pair_key, _box_data(keys.epoch, maker, member))
+        box = _box(shared, public, sealing).encrypt(ONE_MESSAGE_NONCE, once, _box_data(keys.epoch, maker, member))
         boxes[member] = public + box
-    return SealedEpoch(keys.epoch, keys.commitment, pair, boxes)
+    return SealedEpoch(keys.epoch, keys.commitment, secrets, boxes)
 
 
 def open_epoch(sealed: SealedEpoch, expected: Epoch, maker: str, member: str, sealing: X25519PrivateKey) -> EpochKeys:
@@ -113,43 +116,26 @@ def open_epoch(sealed: SealedEpoch, expected: Epoch, maker: str, member: str, se
     `maker`: whose signature over `sealed` the caller has checked. Raises IntegrityError for another epoch, for altered bytes and
     for secrets that are not the committed ones, IdentityError when it was not sealed for this silo's key."""
     _check_facts(sealed.epoch, expected, maker)
-    pair_key = _open_box(sealed, maker, member, sealing)
+    once = _open_box(sealed, maker, member, sealing)
     try:
-        pair = ChaCha20Poly1305(pair_key).decrypt(ONE_MESSAGE_NONCE, sealed.pair, _pair_data(expected, maker))
+        secrets = ChaCha20Poly1305(once).decrypt(ONE_MESSAGE_NONCE, sealed.secrets, _secrets_data(expected, maker))
     except InvalidTag:
         raise IntegrityError(
             f"the secrets of key epoch {expected.number} do not open with the key that {maker} sealed for {member}: they were "
             f"altered on the way or made by mistake; nothing was countersigned, {maker} must make a new epoch"
         ) from None
-    if len(pair) <= SECRET_BYTES:
+    if len(secrets) <= 2 * SECRET_BYTES:
         raise IntegrityError(
-            f"{maker} sealed {len(pair)} bytes in key epoch {expected.number}, expected {SECRET_BYTES} and an HE key behind them: "
+            f"{maker} sealed {len(secrets)} bytes in key epoch {expected.number}, expected two keys and an HE key behind them: "
             f"nothing was countersigned; compare the software version of {maker} with this silo's"
         )
-    keys = EpochKeys(expected, pair[:SECRET_BYTES], pair[SECRET_BYTES:])
+    keys = EpochKeys.of(expected, secrets)
     if not hmac.compare_digest(keys.commitment, sealed.commitment):
         raise IntegrityError(
             f"the secrets of key epoch {expected.number} are not the ones {maker} committed to: other silos may hold other keys; "
             f"nothing was countersigned. Ask whoever runs {maker} why before a new epoch is made"
         )
     return keys
-
-
-def check_countersigned(keys: EpochKeys, commitments: Mapping[str, bytes], cohort: Iterable[str]) -> None:
-    """`commitments`: what each silo's signed acknowledgement names. Raises MessageError when one is missing, IntegrityError when
-    one differs: then the maker gave this silo and that one different secrets, and their sum could not be read."""
-    cohort = sorted(cohort)
-    missing = [silo for silo in cohort if silo not in commitments]
-    if missing:
-        raise MessageError(
-            f"key epoch {keys.epoch.number} is not countersigned by {', '.join(missing)}: nothing is encrypted until it is"
-        )
-    for silo in cohort:
-        if not hmac.compare_digest(commitments[silo], keys.commitment):
-            raise IntegrityError(
-                f"{silo} countersigned another commitment for key epoch {keys.epoch.number} than this silo: nothing is encrypted; "
-                "the epoch ends, and its maker must say why there are two"
-            )
 
 
 def _check_facts(seen: Epoch, expected: Epoch, maker: str) -> None:
@@ -197,8 +183,8 @@ def _box(shared: bytes, ephemeral: bytes, sealing: bytes) -> ChaCha20Poly1305:
     return ChaCha20Poly1305(derive(shared, b"wardround/epoch/1", ephemeral, sealing))
 
 
-def _pair_data(epoch: Epoch, maker: str) -> bytes:
-    return epoch.framed(b"wardround/epoch-pair/1", maker.encode())
+def _secrets_data(epoch: Epoch, maker: str) -> bytes:
+    return epoch.framed(b"wardround/epoch-secrets/1", maker.encode())
 
 
 def _box_data(epoch: Epoch, maker: str, member: str) -> bytes:

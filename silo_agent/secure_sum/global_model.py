@@ -69,9 +69,9 @@ class GlobalModel:
         return GlobalModel(theta, velocity)
 
 
-def clear_digest_key(run: str) -> bytes:
-    """Key of the model's MAC where there is no key epoch: anyone can compute it, so the MAC is a fingerprint there."""
-    return derive(bytes(32), b"wardround/digest-key/clear/1", run.encode())
+def initial_digest_key(run: str) -> bytes:
+    """Key of the initial model's MAC: anyone can compute it, as anyone can rebuild that model from the plan."""
+    return derive(bytes(32), b"wardround/digest-key/initial/1", run.encode())
 
 
 def model_mac(digest_key: bytes, layout: Layout, parameters: bytes) -> bytes:
