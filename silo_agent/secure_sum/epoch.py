@@ -148,7 +148,7 @@ def _check_facts(seen: Epoch, expected: Epoch, maker: str) -> None:
         ("federation", seen.federation != expected.federation),
         ("run", seen.run != expected.run),
         ("roster", seen.roster_digest != expected.roster_digest),
-        ("HE parameters", seen.he_digest != expected.he_digest),
+        ("set of HE parameters", seen.he_digest != expected.he_digest),
     ):
         if differs:
             raise IntegrityError(
