@@ -17,7 +17,8 @@ from rich.table import Table
 from aggregator.config import Settings, load_settings
 from aggregator.driver import situation
 from aggregator.folder import Opened
-from aggregator.store import ENDED, RunState, Store
+from aggregator.records import RunState
+from aggregator.store import ENDED, Store
 from aggregator.telemetry import configure
 from wardround.chunks import MAX_SILOS
 from wardround.cli import Json, command_line, plan_facts, print_facts, run

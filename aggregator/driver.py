@@ -247,7 +247,7 @@ def situation(state: RunState, now_ms: int) -> str:
         if state.epoch is None or not facts.keyed:
             return f"a new key epoch waits for the keys that {state.epoch.maker if state.epoch else 'its first member'} makes"
         return f"key epoch {state.epoch.number} waits until {who} acknowledged its keys"
-    what = {Phase.OPEN: "uploads", Phase.SEALED: "seals", Phase.EVALUATING: "reports"}.get(facts.phase, "nothing")
+    what = {Phase.OPEN: "uploads", Phase.SEALED: "seals", Phase.EVALUATING: "reports"}.get(facts.phase or Phase.COMPLETED, "nothing")
     closing = " (closing)" if facts.round > facts.rounds else f" of {facts.rounds}"
     number = state.attempt.attempt if state.attempt else 1
     again = f", attempt {number}" if number > 1 else ""
@@ -284,8 +284,8 @@ def _why_failed(row: Row, state: RunState) -> str:
         silo, signed = next(iter(sorted(state.halts.items())))
         halt = pb.Halt.FromString(signed.body)
         return (
-            f"{silo} refused the sum of round {halt.round}: {halt.reason}. Its key epoch is over and its keys are destroyed; compare "
-            "the audit chains, then submit the plan again"
+            f"{silo} refused the sum of round {halt.round}: {halt.reason}. The keys of its epoch are destroyed; compare the audit "
+            "chains, then submit the plan again"
         )
     if row.name == "refused":
         reasons = {silo: pb.Refusal.FromString(signed.body).reason for silo, signed in state.refusals.items()}

@@ -38,8 +38,6 @@ PARAMS_PER_CALL = 100
 MAX_NOTE_CHARS = 200
 DIGEST_CHARS = 32  # of a dataset digest: MLflow's column holds 36
 
-# Said because the plan says so, whatever the joins say; in the silos' own words, so that it stands there once.
-CLEAR_NOTE = "updates travelled in the clear: the aggregator could read each hospital's update"
 # The only names a silo's metrics may have in MLflow; dice/<class> besides, for the classes of the plan.
 MEASURES = frozenset({"dice", "hd95_mm", "auc", "balanced_accuracy"})
 PHASES = frozenset({"wait_gpu", "ingest", "train", "encode", "encrypt", "upload", "fold", "decrypt", "apply", "evaluate", "round"})
@@ -90,7 +88,7 @@ class RunView:
     audit_head: bytes  # hash of the newest audit record about this run
     created_ms: int
     ended_ms: int | None = None
-    key_epoch: int = 0  # 0: in the clear
+    key_epoch: int = 0  # the newest; 0 before the first
     notes: tuple[str, ...] = ()  # what every reader must be told: the distinct notes of the joins
     datasets: tuple[DatasetView, ...] = ()
     rounds: tuple[RoundView, ...] = ()  # completed ones, oldest first
@@ -219,8 +217,7 @@ def note_of(view: RunView) -> str:
             f"{view.rounds[-1].cohort_size} hospitals in the newest round; at least {plan.aggregation.min_silos} in every round"
         )
     lines.append("no differential privacy: epsilon is unbounded")
-    if plan.aggregation.encryption == "none":
-        lines.append(CLEAR_NOTE)
+    lines += plan.caveats
     lines += [" ".join(note.split())[:MAX_NOTE_CHARS] for note in view.notes]
     return "\n".join(f"- {line}" for line in dict.fromkeys(lines))
 

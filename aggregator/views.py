@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from aggregator import cohort
 from aggregator.lineage import DatasetView, RoundView, RunView, follow
 from aggregator.round import RunPhase
-from aggregator.store import RunState, Store, Sum
+from aggregator.records import RunState, Sum
+from aggregator.store import Store
 from wardround import VERSION
+from wardround.layout import layout_of
 from wardround.pb import federation_pb2 as pb
 
 
@@ -39,6 +41,7 @@ def run_view(store: Store, run: str) -> RunView:
         phase=RunPhase(state.phase),
         reason=state.reason,
         roster_digest=roster,
+        key_epoch=state.epoch.number if state.epoch else 0,
         protocol=state.plan.protocol,
         version=VERSION,
         audit_head=store.audit_hash(state.audit_seq),
@@ -61,7 +64,7 @@ def round_view(total: Sum, state: RunState) -> RoundView:
         for phase, value in report.seconds.items():
             seconds[phase] = max(value, seconds.get(phase, 0.0))
     sealed, folded, completed = attempt.sealed_ms or 0, attempt.folded_ms or 0, attempt.completed_ms or 0
-    size = attempt.sum_bytes or 0
+    layout = layout_of(state.plan) if attempt.round <= state.plan.rounds else None
     return RoundView(
         round=attempt.round,
         attempt=attempt.attempt,
@@ -71,8 +74,8 @@ def round_view(total: Sum, state: RunState) -> RoundView:
         cohort_size=len(attempt.u3),
         late=len(set(attempt.cohort) - set(attempt.u3)),
         dropped=len(set(attempt.u3) - reports.keys()),
-        upload_bytes=size * len(attempt.u3),
-        download_bytes=size * len(reports),
+        upload_bytes=state.plan.aggregation.he.upload_bytes(layout) * len(attempt.u3),
+        download_bytes=(attempt.sum_bytes or 0) * len(reports),
         seconds=seconds | {"fold": (folded - sealed) / 1000, "round": (completed - attempt.opened_ms) / 1000},
         saturated_fraction=max(report.saturated_fraction for report in reports.values()),
         own={silo: dict(report.own) for silo, report in reports.items() if report.own},

@@ -22,7 +22,6 @@ from sandbox.processes import PeakMemory, Programs, call, tool, wait_until
 from sandbox.scanner import HOSPITALS
 from silo_agent.custody.spool import Spool
 from silo_agent.secure_sum.global_model import GlobalModel
-from wardround.chunks import clear_bytes
 from wardround.errors import WardroundError
 from wardround.layout import layout_of
 from wardround.plan import Plan, load_plan
@@ -88,7 +87,7 @@ def _federate(console: Console, root: Path, plan: Plan, folders: dict[str, Path]
             console.print("enrolment: operator key, aggregator, one token a hospital, signed roster")
             federation.set_up()
             run = federation.submit(PLAN)
-            console.print(f"run {run}: {plan.rounds} rounds of {plan.training.steps} steps; updates travel in the clear")
+            console.print(f"run {run}: {plan.rounds} rounds of {plan.training.steps} steps, encrypted: the aggregator adds what it cannot read")
             completed = _watch(console, federation, run, plan)
             wait_for_mlflow(mlflow, port)
             verified = _verify(federation)
@@ -156,7 +155,7 @@ def result(plan: Plan, learned: Learned, federated: Dice, baselines: Baselines, 
         "delta": None,
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_bytes,
-        "upload_bytes_per_parameter": round(clear_bytes(layout) / layout.num_parameters, 2),
+        "upload_bytes_per_parameter": round(plan.aggregation.he.upload_bytes(layout) / layout.num_parameters, 2),
         "rounds_completed": learned.rounds_completed,
         "audit_verified": learned.audit_verified,
         "metric": {
@@ -198,7 +197,7 @@ def show(console: Console, plan: Plan, federated: Dice, baselines: Baselines, va
         f"the worst served hospital is {metric['worst_silo']}"
     )
     say("pooled draws three times the batch: as many steps and samples as the federation; no hospital could do that")
-    say(f"audit chains verified; updates travelled in the clear, no differential privacy yet\n{SIMULATED}")
+    say("\n".join(("audit chains verified; updates travelled encrypted (BFV), no differential privacy yet", *plan.caveats, SIMULATED)))
     say(f"{value['seconds']:.0f} s after the data was there, {value['peak_memory_bytes'] / 1e9:.1f} GB resident at most")
     say(f"next: make mlflow, then experiment {FEDERATION}/{plan.name}: the curves, the parameters and the lineage of this run")
     say("what each program keeps lies under demo/federation; look at it with, say,")

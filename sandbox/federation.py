@@ -21,7 +21,6 @@ POLICY = {
     "allow_two_silo_sum": True,
     "release": ["registry", "silos-only"],
     "metrics": "per_silo",
-    "allow_clear": True,
     "allow_seeded_noise": True,
 }
 READY_S = 60.0

@@ -3,7 +3,6 @@ killed at any point and is then simply decided again."""
 
 import json
 import os
-import sqlite3
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -42,7 +41,6 @@ from wardround.plan import parse_plan
 MIN_VALIDATION_PATIENTS = 10  # below it a silo adds nothing to the cohort's metrics: a mean over few patients says too much
 HELPER_CHECK_S = 1.0
 MAX_REASON_CHARS = 500  # of a Refusal; the aggregator takes one line of at most that
-UNMASKED_NOTE = "one hospital together with the aggregator could read every update; masks come next"
 SEEDED_NOTE = "randomness came from a seed: reproducible, not private"
 
 
@@ -153,7 +151,11 @@ class Agent:
             summed_rounds=frozenset(
                 total.facts.round for total in offer.sums if self.keyring.holds(offer.run, total.facts.key_epoch)
             ),
-            epoch=offer.facts.key_epoch if offer.phase == pb.KEYING else 0 if ours is None else pb.KeyEpoch.FromString(ours.body).number,
+            epoch=offer.facts.key_epoch
+            if offer.phase == pb.KEYING
+            else 0
+            if ours is None
+            else pb.KeyEpoch.FromString(ours.body).number,
             checkpoint_round=offer.checkpoint.facts.round,
             validate_every=plan.validate_every if plan else 1,
         )
@@ -221,7 +223,7 @@ class Agent:
         if run.statement is None:
             binding = self.settings.dataset(run.plan.dataset)
             model = self.state.model(run.id, 0)
-            notes = [UNMASKED_NOTE, *([SEEDED_NOTE] if self.seed is not None else []), *([binding.note] if binding.note else [])]
+            notes = [*run.plan.caveats, *([SEEDED_NOTE] if self.seed is not None else []), *([binding.note] if binding.note else [])]
             declared_facts = {"dataset": run.plan.dataset, "silo": self.silo, "declared_patients": binding.declared_patients}
             body = pb.Join(
                 run=run.id,

@@ -1,5 +1,5 @@
-"""This silo's key epochs: it makes their keys when it is asked to, takes the keys that another member made, gives them out for sums,
-and destroys them. docs/adr/0017 tells why an epoch brings its checkpoint along."""
+"""This silo's key epochs: it makes the keys when it is asked to, takes those that another member made, gives them out for sums, and
+destroys them. docs/adr/0017 tells why an epoch brings its checkpoint along."""
 
 import sqlite3
 
@@ -28,7 +28,7 @@ class Keyring:
         self._keys, self._state, self._spool, self._membership = keys, state, spool, membership
 
     def make(self, run: Run, facts: pb.Round) -> None:
-        """Make the keys that the aggregator asks this silo for, seal them to every member of the roster, and the model under them."""
+        """Make the keys that this silo is asked for, seal them to every member of the roster, and the model under them."""
         if self._state.epoch(run.id, facts.key_epoch) is None:
             self._make(run, facts)
         row = self._row(run, facts.key_epoch)

@@ -137,9 +137,7 @@ def check_restorable(known: Known, total: pb.Sum, identities: Identities) -> pb.
     ctx = round_ctx(facts, known.run)
     if facts.ctx != ctx or (facts.federation, facts.plan_digest) != (known.federation, known.plan.digest):
         raise MessageError(f"the checkpoint of round {facts.round} is of another run than this silo's")
-    reports = {
-        signed.silo: opened(signed, pb.ModelReport, ctx, _identity(signed.silo, identities)) for signed in total.reports
-    }
+    reports = {signed.silo: opened(signed, pb.ModelReport, ctx, _identity(signed.silo, identities)) for signed in total.reports}
     needed = max(2 * len(total.uploads) // 3 + 1, known.plan.aggregation.min_silos)
     if len(reports) < needed:
         raise MessageError(

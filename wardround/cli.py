@@ -10,7 +10,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from wardround import audit
 from wardround.canonical import digest_name
-from wardround.chunks import MAX_SILOS, clear_bytes
 from wardround.errors import ConflictError, SettingsError, StorageError, WardroundError
 from wardround.keyfiles import ed25519_key, private_pem, read_secret, write_secret
 from wardround.layout import layout_of
@@ -75,23 +74,20 @@ def validate(file: Annotated[Path, typer.Argument(help="The plan, YAML.")], json
 def plan_facts(plan: Plan) -> dict[str, Any]:
     """What `plan validate` prints. Bytes are exact; MB are 10^6 bytes."""
     layout = layout_of(plan)
-    size, closing = clear_bytes(layout), clear_bytes(None)
-    minimum = plan.aggregation.min_silos
+    he, minimum = plan.aggregation.he, plan.aggregation.min_silos
+    up, down = he.upload_bytes(layout), he.sum_bytes(layout)
     return {
         "name": plan.name,
         "digest": digest_name(plan.digest),
         "parameters": layout.num_parameters,
-        "mb_up_per_round": round(size / 1e6, 2),
-        "mb_down_per_round": round(size / 1e6, 2),
-        "mb_up_per_run": round((plan.rounds * size + closing) / 1e6, 2),
+        "mb_up_per_round": round(up / 1e6, 2),
+        "mb_down_per_round": round(down / 1e6, 2),
+        "mb_up_per_run": round((plan.rounds * up + he.upload_bytes(None)) / 1e6, 2),
         "rounds": plan.rounds,
         "rounds_with_closing": plan.rounds + 1,
         "min_silos": minimum,
-        "absent": f"every silo beyond {minimum} may be absent from a round; at most {MAX_SILOS} can be in one",
-        "notes": [
-            "in the clear: the aggregator can read each hospital's update, and every hospital's policy must say allow_clear: true; "
-            "use it with simulated patients only"
-        ],
+        "absent": f"every silo beyond {minimum} may be absent from a round; at most {he.max_silos} can be in one",
+        "notes": list(plan.caveats),
     }
 
 

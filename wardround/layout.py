@@ -41,6 +41,13 @@ class Layout:
         return sha256(b"wardround/layout/1" + canonical_json([[a.name, list(a.shape)] for a in self.arrays]))
 
 
+def checkpoint_bytes(layout: Layout) -> int:
+    """Exact size of an encrypted checkpoint (silo_agent/secure_sum/checkpoint.py): a salt of 32 bytes, then 16 bytes a parameter
+    and 2 an array, in pieces of 1 MiB with a tag of 16 bytes each."""
+    inside = 16 * layout.num_parameters + 2 * len(layout.arrays)
+    return 32 + inside + 16 * -(-inside // (1 << 20))
+
+
 def layout_of(plan: Plan) -> Layout:
     """The layout of the network that `plan` trains: one input channel, one output per class, slices or volumes by `data.patch`."""
     return network_layout(plan.model, spatial_dims=len(plan.data.patch), num_classes=len(plan.classes))

@@ -16,6 +16,7 @@ from wardround.errors import PlanError
 from wardround.he import HeParameters, he_parameters
 
 MAX_PLAN_BYTES = 64 * 1024
+UNMASKED = "one hospital together with the aggregator could read every update; masks come next"
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -172,6 +173,11 @@ class Plan(_Part):
     def digest(self) -> bytes:
         """SHA-256 of the canonical JSON of the plan with every default written out: 32 bytes."""
         return sha256(b"wardround/plan/1" + self.canonical())
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What everyone who looks at a run of this plan must be told, whatever else is said of it."""
+        return (UNMASKED,)
 
     def canonical(self) -> bytes:
         """The bytes that travel and that the digest covers."""

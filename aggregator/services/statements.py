@@ -206,7 +206,9 @@ def check_join(state: RunState, join: pb.Join) -> None:
         raise IntegrityError("this silo builds another layout from the plan than the aggregator: compare software versions")
     most = state.plan.aggregation.he.max_silos
     if len(state.joins) >= most:
-        raise MessageError(f"the plan's packing adds up at most {most} silos, and as many have joined: the plan needs more headroom")
+        raise MessageError(
+            f"the plan's packing adds up at most {most} silos, and as many have joined: the plan needs more headroom"
+        )
     if join.roster_version > max(state.rosters):
         raise MessageError(f"the newest roster has version {max(state.rosters)}: this silo says it approved {join.roster_version}")
     if state.phase != "running":

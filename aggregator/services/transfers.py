@@ -5,8 +5,9 @@ from threading import BoundedSemaphore
 from aggregator import cohort
 from aggregator.blobs import Blobs
 from aggregator.interceptors import Caller
-from aggregator.services.statements import attempt_of
-from aggregator.store import Attempt, RunState, Store, Upload, on_fresh_state
+from aggregator.records import Attempt, RunState, Upload
+from aggregator.services.statements import attempt_of, check_key_epoch, epoch_of
+from aggregator.store import Store, on_fresh_state
 from aggregator.telemetry import DOWNLOAD_BYTES, UPLOAD_BYTES, log
 from wardround.chunks import MAX_PIECE_BYTES, clear_bytes, gate, num_chunks
 from wardround.errors import MessageError
@@ -23,7 +24,15 @@ class Transfers:
         self._verifying = BoundedSemaphore(MAX_VERIFYING)
 
     def begin(self, caller: Caller, signed: pb.Signed) -> pb.UploadStatus:
-        """Accept a signed header; says how many bytes are durable already, with the receipt when all was."""
+        """Accept a signed header or key epoch; says how many bytes are durable already, with the receipt when all was."""
+
+        def checkpoint() -> Upload:
+            identity = self._store.check_active(caller.name).identity
+            state, epoch, ctx = epoch_of(self._store, signed)
+            body = opened(signed, pb.KeyEpoch, ctx, identity)
+            check_key_epoch(state, epoch, signed, body)
+            key = (state.id, 0, epoch.number)
+            return self._store.begin_upload(signed, key, body.checkpoint_digest, body.checkpoint_bytes, state.seq)
 
         def decide() -> Upload:
             identity = self._store.check_active(caller.name).identity
@@ -32,9 +41,10 @@ class Transfers:
             if caller.name not in state.uploads and attempt.phase != "open":
                 raise MessageError(_closed(attempt.round, attempt.attempt, attempt.phase))
             check_header(header, attempt, state, caller.name)
-            return self._store.begin_upload(signed, attempt.key, header, state.seq)
+            content, size, patients = header.content_digest, header.content_bytes, header.declared_patients
+            return self._store.begin_upload(signed, attempt.key, content, size, state.seq, patients)
 
-        return self._status(on_fresh_state(decide))
+        return self._status(on_fresh_state(checkpoint if signed.message == "key-epoch" else decide))
 
     def put(self, caller: Caller, piece: pb.Piece) -> pb.UploadStatus:
         if not 0 < len(piece.data) <= MAX_PIECE_BYTES:
@@ -50,6 +60,8 @@ class Transfers:
     def finish(self, caller: Caller, trailer: pb.UploadTrailer) -> pb.Receipt:
         """Verify size, digest and form; the receipt says that the whole is durable and will be counted once."""
         upload = self._upload(caller, trailer.content_digest)
+        if upload.round == 0:
+            return self._finish_checkpoint(upload)
         attempt, state = attempt_of(self._store, trailer.ctx, "upload", caller.name)
         if attempt.key != (upload.run, upload.round, upload.attempt):
             raise MessageError("the trailer was made for another run, round or attempt than the header of this content")
@@ -72,12 +84,23 @@ class Transfers:
         log.info("upload", silo=caller.name, run=upload.run, round=upload.round, attempt=upload.attempt, num_bytes=upload.num_bytes)
         return _receipt(upload)
 
+    def _finish_checkpoint(self, upload: Upload) -> pb.Receipt:
+        """Whole and durable: from here on its key epoch can be taken. What it holds, only silos can read."""
+        if upload.state == "receiving":
+            with self._verifying:
+                self._blobs.finish(upload.content_digest, upload.silo, upload.num_bytes, lambda _: None)
+            self._store.upload_durable(upload)
+            log.info("checkpoint", silo=upload.silo, run=upload.run, epoch=upload.attempt, num_bytes=upload.num_bytes)
+        return _receipt(upload)
+
     def get(self, caller: Caller, request: pb.GetRequest) -> pb.Piece:
         if not 0 < request.length <= MAX_PIECE_BYTES:
             raise MessageError(f"a piece has 1 to {MAX_PIECE_BYTES} bytes: {request.length} were asked for")
-        total = self._store.sum_size(request.digest, caller.name)
+        total = self._store.blob_size(request.digest, caller.name)
         if total is None:
-            raise MessageError(f"no offer to {caller.name} names this blob: only published sums of runs it joined can be fetched")
+            raise MessageError(
+                f"no offer to {caller.name} names this blob: only published sums and checkpoints of runs it joined can be fetched"
+            )
         if request.offset >= total:
             raise MessageError(f"the blob has {total} bytes: there is nothing at offset {request.offset}")
         data = self._blobs.read(request.digest, request.offset, request.length)

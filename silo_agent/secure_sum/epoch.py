@@ -1,11 +1,11 @@
 """Key epochs (secure-sum.md section 3): the secrets that the silos of a run share and the aggregator never sees.
 
 One member makes 32 random bytes and the HE secret key, and hands on the key of the run's model reports; it seals them for every
-member of the roster and signs what is published. Every member opens that, checks the commitment and countersigns. An epoch ends at a
-roster change, after a failed check, and after 100 rounds at the latest.
+member of the roster and signs what is published. Every member opens that, checks the commitment and countersigns. An epoch ends at
+a roster change, after a failed check, and after 100 rounds at the latest.
 
-Sealing is hybrid, so that one 32 KB HE key and 1,000 members fit one statement: the secrets once under a fresh key, that key once per
-member in a box of 80 bytes: ephemeral X25519 key | ChaCha20-Poly1305 (RFC 8439) under HKDF-SHA256 (RFC 5869) of X25519 (RFC 7748),
+Sealing is hybrid, so that one HE key of 28 KB and 1,000 members fit one statement: the secrets once under a fresh key, that key
+once per member in a box of 80 bytes: ephemeral X25519 key | ChaCha20-Poly1305 (RFC 8439) under HKDF-SHA256 (RFC 5869) of X25519 (RFC 7748),
 info "wardround/epoch/1" | ephemeral key | the member's sealing key. Every key encrypts one message, so nonces are zero. The
 associated data are the epoch's facts, the maker and, in a box, the member: nothing opens in another place.
 
@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from silo_agent.secure_sum.packing import derive
 from wardround.canonical import frame, sha256
-from wardround.errors import IdentityError, IntegrityError, MessageError
+from wardround.errors import IdentityError, IntegrityError
 
 SECRET_BYTES = 32
 BOX_BYTES = 32 + 32 + 16  # ephemeral public key, boxed key, tag

@@ -17,7 +17,7 @@ from wardround.roster import Member, propose, sign_roster
 
 PEERS = {"charite": 1, "st-marys": 3}  # their identity keys are ed25519(number)
 BINDING = {"source": "dicom", "labels": {"segments": {"grey": "SCT:1", "white": "White"}}, "declared_patients": 20}
-CLEAR = {"allow_clear": True, "allow_seeded_noise": True, "allow_two_silo_sum": True, "min_silos": 2, "metrics": "per_silo"}
+LENIENT = {"allow_seeded_noise": True, "allow_two_silo_sum": True, "min_silos": 2, "metrics": "per_silo"}
 AGGREGATOR = ed25519(100)  # signs the audit heads
 
 
@@ -57,7 +57,7 @@ class Hospital:
 
     def __init__(self, folder: Path, policy: dict[str, Any] | None = None) -> None:
         self.config = folder / "silo-agent.yaml"
-        (folder / "policy.yaml").write_text(yaml.safe_dump(CLEAR if policy is None else policy))
+        (folder / "policy.yaml").write_text(yaml.safe_dump(LENIENT if policy is None else policy))
         self.config.write_text(
             yaml.safe_dump(
                 {"data": "data", "datasets": {"brain-t1": BINDING}, "policy": "policy.yaml", "roster_approval": "signed"}

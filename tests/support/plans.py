@@ -12,7 +12,7 @@ initial: {seed: 7}
 model: {network: UNet, channels: [4, 4], strides: [2], norm_groups: 2}
 data: {modality: MR, spacing_mm: [6.0, 6.0, 6.0], patch: [16, 16]}
 training: {algorithm: fedprox, mu: 0.01, steps: 1, batch_size: 2, optimizer: {name: sgd, learning_rate: 0.1}}
-aggregation: {encryption: none, masking: none, min_silos: 3, deadline_s: 600}
+aggregation: {encryption: bfv, masking: none, min_silos: 3, deadline_s: 600}
 rounds: 2
 release: silos-only
 """
