@@ -38,18 +38,21 @@ def framed(*parts: bytes) -> bytes:
 
 
 def by_hand(
-    member: str, pair: bytes = b"s" * 32 + b"HE secret key", maker: bytes = b"bonn", commitment: bytes | None = None
+    member: str,
+    pair: bytes = b"s" * 32 + b"HE secret key",
+    commitment: bytes = KEYS.commitment,
+    pair_key: bytes = b"p" * 32,
 ) -> SealedEpoch:
-    """EPOCH as section 3 composes it, sealed for one member, out of nothing but the primitives."""
+    """EPOCH as section 3 composes it, sealed by bonn for one member, out of nothing but the primitives."""
     facts = (b"neuro", b"run-1", bytes(7) + b"\3", b"r" * 32, b"h" * 32)
-    pair_key, ephemeral = b"p" * 32, X25519PrivateKey.from_private_bytes(b"e" * 32)
+    ephemeral = X25519PrivateKey.from_private_bytes(b"e" * 32)
     info = framed(b"wardround/epoch/1", public(ephemeral), MEMBERS[member])
     box_key = HKDF(SHA256(), 32, None, info).derive(ephemeral.exchange(SEALING[member].public_key()))
-    about_box = framed(b"wardround/epoch-box/1", *facts, maker, member.encode())
-    about_pair = framed(b"wardround/epoch-pair/1", *facts, maker)
+    about_box = framed(b"wardround/epoch-box/1", *facts, b"bonn", member.encode())
+    about_pair = framed(b"wardround/epoch-pair/1", *facts, b"bonn")
     box = public(ephemeral) + ChaCha20Poly1305(box_key).encrypt(bytes(12), pair_key, about_box)
-    sealed_pair = ChaCha20Poly1305(pair_key).encrypt(bytes(12), pair, about_pair)
-    return SealedEpoch(EPOCH, KEYS.commitment if commitment is None else commitment, sealed_pair, {member: box})
+    sealed_pair = ChaCha20Poly1305(pair_key[:32].ljust(32)).encrypt(bytes(12), pair, about_pair)
+    return SealedEpoch(EPOCH, commitment, sealed_pair, {member: box})
 
 
 def opened(sealed: SealedEpoch, member: str = "graz", maker: str = "bonn", epoch: Epoch = EPOCH) -> EpochKeys:
@@ -196,7 +199,13 @@ def test_a_pair_without_an_he_key_is_refused(size: int) -> None:
         opened(by_hand("graz", pair=bytes(size), commitment=empty.commitment))
 
 
-@pytest.mark.parametrize("key", [bytes(32), b"\1" + bytes(31), b"k" * 31])
+@pytest.mark.parametrize("size", [0, 31, 33, 64])
+def test_a_boxed_key_of_another_size_is_refused(size: int) -> None:
+    with pytest.raises(IdentityError, match="does not open with this silo's sealing key"):
+        opened(by_hand("graz", pair_key=b"p" * size))
+
+
+@pytest.mark.parametrize("key", [bytes(32), b"\1" + bytes(31), b"k" * 31], ids=["zero", "one", "short"])
 def test_nothing_is_sealed_for_a_key_that_cannot_receive(key: bytes) -> None:
     with pytest.raises(IdentityError, match="sealing key of kiel is not one that can receive"):
         seal_epoch(KEYS, "bonn", MEMBERS | {"kiel": key})
