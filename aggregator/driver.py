@@ -16,7 +16,9 @@ from aggregator.records import Attempt, RunState
 from aggregator.round import Action, Facts, Phase, Row, RunPhase, next_row
 from aggregator.store import Stale, Store, on_fresh_state
 from aggregator.telemetry import ROUNDS, RUNS_ENDED, log
+from wardround.chunks import num_chunks
 from wardround.errors import StorageError, WardroundError
+from wardround.layout import layout_of
 from wardround.pb import federation_pb2 as pb
 
 TICK_S = 1.0  # between two looks when nothing rings; also how soon a command line's change is seen
@@ -129,8 +131,9 @@ class Driver:
     def _fold(self, _row: Row, state: RunState) -> None:
         attempt = _attempt(state)
         uploads = [state.uploads[silo] for silo in attempt.u3]
-        digest = fold(self._blobs, [upload.content_digest for upload in uploads], uploads[0].num_bytes)
-        self._store.folded(attempt, digest, uploads[0].num_bytes)
+        layout = layout_of(state.plan) if attempt.round <= state.plan.rounds else None
+        digests = [upload.content_digest for upload in uploads]
+        self._store.folded(attempt, *fold(self._blobs, digests, state.plan.aggregation.he, num_chunks(layout)))
 
     def _publish(self, _row: Row, state: RunState) -> None:
         self._store.publish(_attempt(state), self._deadline(state), state.seq)
@@ -247,7 +250,9 @@ def situation(state: RunState, now_ms: int) -> str:
         if state.epoch is None or not facts.keyed:
             return f"a new key epoch waits for the keys that {state.epoch.maker if state.epoch else 'its first member'} makes"
         return f"key epoch {state.epoch.number} waits until {who} acknowledged its keys"
-    what = {Phase.OPEN: "uploads", Phase.SEALED: "seals", Phase.EVALUATING: "reports"}.get(facts.phase or Phase.COMPLETED, "nothing")
+    what = {Phase.OPEN: "uploads", Phase.SEALED: "seals", Phase.EVALUATING: "reports"}.get(
+        facts.phase or Phase.COMPLETED, "nothing"
+    )
     closing = " (closing)" if facts.round > facts.rounds else f" of {facts.rounds}"
     number = state.attempt.attempt if state.attempt else 1
     again = f", attempt {number}" if number > 1 else ""

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from aggregator import cohort
 from aggregator.lineage import DatasetView, RoundView, RunView, follow
-from aggregator.round import RunPhase
 from aggregator.records import RunState, Sum
+from aggregator.round import RunPhase
 from aggregator.store import Store
 from wardround import VERSION
 from wardround.layout import layout_of

@@ -223,7 +223,11 @@ class Agent:
         if run.statement is None:
             binding = self.settings.dataset(run.plan.dataset)
             model = self.state.model(run.id, 0)
-            notes = [*run.plan.caveats, *([SEEDED_NOTE] if self.seed is not None else []), *([binding.note] if binding.note else [])]
+            notes = [
+                *run.plan.caveats,
+                *([SEEDED_NOTE] if self.seed is not None else []),
+                *([binding.note] if binding.note else []),
+            ]
             declared_facts = {"dataset": run.plan.dataset, "silo": self.silo, "declared_patients": binding.declared_patients}
             body = pb.Join(
                 run=run.id,
@@ -311,11 +315,12 @@ class Agent:
             event = self.state.event(run.id, facts.round)
             update = np.frombuffer(self.spool.get(event["update_digest"]), dtype="<f4")
             rounding = derive(event["random_key"], b"wardround/rounding/1")
-            encoded = encode(update, run.layout, exponents_of(model), declared[self.silo] / facts.cap, rounding)
+            weight = declared[self.silo] / facts.cap
+            encoded = encode(update, run.layout, exponents_of(model), weight, rounding, run.he)
         metrics = json.loads(model["metrics"]) if (model["num_validation"] or 0) >= MIN_VALIDATION_PATIENTS else None
         keys = self.keyring.keys(run, facts.key_epoch)
-        control = control_chunk(run.control(facts.round), declared[self.silo], encoded, metrics, ctx, keys.secret)
-        content = encrypt(run.he, keys.he_secret_key, upload_coefficients(control, encoded))
+        control = control_chunk(run.control(facts.round), declared[self.silo], encoded, metrics, ctx, keys.secret, run.he)
+        content = encrypt(run.he, keys.he_secret_key, upload_coefficients(control, encoded, run.he))
         header = pb.UploadHeader(
             run=run.id,
             round=facts.round,
@@ -361,7 +366,8 @@ class Agent:
         keys = self.keyring.keys(run, facts.key_epoch)
         try:
             coefficients = decrypt(run.he, keys.he_secret_key, blob)
-            checked = checked_sum(coefficients, layout, run.control(facts.round), sealable.declared, ctx, keys.secret)
+            control = run.control(facts.round)
+            checked = checked_sum(coefficients, layout, control, sealable.declared, ctx, keys.secret, run.he)
         except (IntegrityError, MessageError) as error:
             self.keyring.halt(run, facts, _one_line(error))
             log.error("sum refused, keys destroyed", run=run.id, round=facts.round, reason=str(error))

@@ -1,7 +1,7 @@
 """What a silo does next: a pure table. The aggregator's twin is aggregator/round.py; docs/data_path.md shows both side by side.
 
-The story, from top to bottom: judge the plan, snapshot the data, rebuild the initial model, join; make the keys of the key epoch, or
-take them; then, round by round: evaluate the global model, open the event, train, encode, upload, seal the set of uploads, apply
+The story, from top to bottom: judge the plan, snapshot the data, rebuild the initial model, join; make the keys of the key epoch
+or take them; then, round by round: evaluate the global model, open the event, train, encode, upload, seal the set of uploads, apply
 the sum, report; and close. Who comes late restores the model from the epoch's checkpoint.
 
 `agent.py` performs an action, writes what it did in one transaction, and asks again. Every action may be killed at any point and

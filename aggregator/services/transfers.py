@@ -9,7 +9,8 @@ from aggregator.records import Attempt, RunState, Upload
 from aggregator.services.statements import attempt_of, check_key_epoch, epoch_of
 from aggregator.store import Store, on_fresh_state
 from aggregator.telemetry import DOWNLOAD_BYTES, UPLOAD_BYTES, log
-from wardround.chunks import MAX_PIECE_BYTES, clear_bytes, gate, num_chunks
+from wardround.chunks import MAX_PIECE_BYTES, num_chunks
+from wardround.ciphertexts import check_upload
 from wardround.errors import MessageError
 from wardround.layout import Layout, layout_of
 from wardround.messages import opened
@@ -69,11 +70,10 @@ class Transfers:
             return _receipt(upload)
         if attempt.phase != "open":
             raise MessageError(_closed(attempt.round, attempt.attempt, attempt.phase))
-        layout = layout_in(state, attempt.round)
         try:
             with self._verifying:
                 self._blobs.finish(
-                    upload.content_digest, caller.name, upload.num_bytes, lambda view: gate(view, layout, upload.declared_patients)
+                    upload.content_digest, caller.name, upload.num_bytes, lambda view: check_upload(state.plan.aggregation.he, view)
                 )
         except MessageError as error:
             facts = {"run": upload.run, "round": upload.round, "attempt": upload.attempt, "silo": caller.name, "reason": str(error)}
@@ -134,7 +134,7 @@ def check_header(header: pb.UploadHeader, attempt: Attempt, state: RunState, sil
         "attempt": attempt.attempt,
         "silo": silo,
         "num_chunks": num_chunks(layout),
-        "content_bytes": clear_bytes(layout),
+        "content_bytes": state.plan.aggregation.he.upload_bytes(layout),
         "declared_patients": cohort.joins_of(state)[silo].declared_patients,
         "cap": state.cap,
         "u2_digest": b"",

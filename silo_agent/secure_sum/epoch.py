@@ -5,9 +5,9 @@ member of the roster and signs what is published. Every member opens that, check
 a roster change, after a failed check, and after 100 rounds at the latest.
 
 Sealing is hybrid, so that one HE key of 28 KB and 1,000 members fit one statement: the secrets once under a fresh key, that key
-once per member in a box of 80 bytes: ephemeral X25519 key | ChaCha20-Poly1305 (RFC 8439) under HKDF-SHA256 (RFC 5869) of X25519 (RFC 7748),
-info "wardround/epoch/1" | ephemeral key | the member's sealing key. Every key encrypts one message, so nonces are zero. The
-associated data are the epoch's facts, the maker and, in a box, the member: nothing opens in another place.
+once per member in a box of 80 bytes: ephemeral X25519 key | ChaCha20-Poly1305 (RFC 8439) under HKDF-SHA256 (RFC 5869) of X25519
+(RFC 7748), info "wardround/epoch/1" | ephemeral key | the member's sealing key. Every key encrypts one message, so nonces are zero.
+The associated data are the epoch's facts, the maker and, in a box, the member: nothing opens in another place.
 
 Guarantee: whoever opened an epoch of a given commitment holds the same secrets as everyone else who did, even if the maker
 lies (SHA-256 is collision-resistant; ChaCha20-Poly1305 alone does not commit to its key). Not promised: that the maker drew them at
@@ -85,7 +85,7 @@ class SealedEpoch:
 
 
 def new_epoch(epoch: Epoch, he_secret_key: bytes, digest_key: bytes | None = None) -> EpochKeys:
-    """A fresh secret from the operating system beside a fresh HE key; `digest_key` of the run's epoch before, fresh in the first."""
+    """A fresh secret from the operating system beside a fresh HE key. `digest_key`: of the run's epoch before, None in its first."""
     return EpochKeys(epoch, os.urandom(SECRET_BYTES), digest_key or os.urandom(SECRET_BYTES), he_secret_key)
 
 

@@ -58,14 +58,14 @@ def test_a_run_from_submission_to_its_end(aggregator: TestAggregator, command: A
     code, out, _ = command("plan", "submit", "plan.yaml", "--json")
     assert (code, json.loads(out)["run"]) == (0, "tiny-1")
     silos[1].uploads = False
-    until(lambda: silos[0].did == ["join", "upload"], silos)
+    until(lambda: silos[0].did == ["join", "keys", "upload"], silos)
     shown = json.loads(command("run", "show", "tiny-1", "--json")[1])
     assert (
         shown["phase"] == "running"
         and shown["notes"] == ["patients are simulated"]
         and shown["joined"] == [one.name for one in silos]
     )
-    until(lambda: silos[2].did == ["join", "upload"], silos)
+    until(lambda: silos[2].did == ["join", "ack", "upload"], silos)
     assert "round 1 of 2 waits for uploads of leuven" in command("run", "show", "tiny-1")[1]
     assert "waits for uploads of leuven" in command("run", "list")[1]
     table = cli._table(aggregator.store, aggregator.store.run("tiny-1"))

@@ -1,11 +1,12 @@
 """Who is in a round: rosters, approvals, removals; by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from aggregator.cohort import cap_of, next_facts, report_agreement, select, unapproved
-from aggregator.store import Attempt, RunState
+from aggregator.cohort import cap_of, epoch_due, next_epoch, next_facts, report_agreement, select, unapproved
+from aggregator.records import Attempt, Epoch, RunState
 from tests.support.identities import chain, ed25519, member
 from tests.support.plans import tiny
 from wardround.messages import round_ctx, run_ctx, sign
@@ -33,6 +34,13 @@ def state(rosters: list[Roster], approved: dict[str, int], run_roster: int = 1, 
         rosters={one.version: one for one in rosters if one.version >= run_roster}, revoked=frozenset(), approved=approved,
         joins=joins,
     )  # fmt: skip
+
+
+def keyed(*silos: str, **changes: Any) -> Epoch:
+    """A key epoch whose keys these silos hold; the first made them."""
+    statement = sign("key-epoch", b"", pb.KeyEpoch(commitment=b"k" * 32), silos[0], ed25519(1))
+    acks = {silo: sign("epoch-ack", b"", pb.EpochAck(), silo, ed25519(2)) for silo in silos[1:]}
+    return replace(Epoch("tiny-1", 1, 1, 1, silos[0], silos, 0, 0, statement, acks), **changes)
 
 
 def test_everyone_has_approved_the_newest() -> None:
@@ -75,12 +83,14 @@ def test_the_cap_is_the_largest_of_who_starts() -> None:
 
 
 def test_facts_of_the_first_round_the_next_attempt_and_the_next_round() -> None:
-    first = state(chain([A, B]), {"charite": 1, "leuven": 1})
+    first = replace(state(chain([A, B]), {"charite": 1, "leuven": 1}), epoch=keyed("charite", "leuven"))
     facts = next_facts(first, "neuro", 5)
     assert (facts.round, facts.attempt, facts.previous_model_mac, facts.bounds_digest) == (1, 1, b"m" * 32, b"b" * 32)
     assert facts.ctx == round_ctx(facts, "tiny-1") and list(facts.cohort) == ["charite", "leuven"]
     attempt = Attempt("tiny-1", 1, 1, "open", facts, ("charite", "leuven"), (), None, None, None, 0, 0, None, None, None, None)
-    again = next_facts(replace(first, attempt=attempt), "neuro", 5)
+    assert (facts.key_epoch, facts.epoch_commitment, facts.he_digest) == (1, b"k" * 32, tiny().aggregation.he.digest)
+    given_up = replace(first, attempt=replace(attempt, phase="abandoned"))
+    again = next_facts(given_up, "neuro", 5)
     assert (again.round, again.attempt, again.previous_model_mac) == (1, 2, b"m" * 32) and again.ctx != facts.ctx
     report = sign("model-report", facts.ctx, pb.ModelReport(model_mac=b"n" * 32, bounds_digest=b"c" * 32), "charite", ed25519(1))
     done = replace(first, attempt=replace(attempt, phase="completed"), reports={"charite": report})
@@ -91,6 +101,38 @@ def test_facts_of_the_first_round_the_next_attempt_and_the_next_round() -> None:
         b"n" * 32,
         b"c" * 32,
     )
+
+
+def test_a_new_key_epoch_at_every_roster_change_and_after_a_hundred_rounds() -> None:
+    three = {"charite": 1, "leuven": 1, "st-marys": 1}
+    first = state(chain([A, B, C]), three)
+    assert epoch_due(first) and not epoch_due(replace(first, epoch=keyed(*three)))
+    assert epoch_due(replace(first, epoch=keyed(*three, roster_version=2)))
+    attempt = Attempt("tiny-1", 100, 1, "open", pb.Round(), tuple(three), (), None, None, None, 0, 0, None, None, None, None)
+    assert not epoch_due(replace(first, epoch=keyed(*three), attempt=attempt))  # its hundredth round
+    assert epoch_due(replace(first, epoch=keyed(*three), attempt=replace(attempt, phase="completed")))
+    assert not epoch_due(replace(first, epoch=keyed(*three, first_round=2), attempt=replace(attempt, phase="completed")))
+
+
+def test_the_maker_is_the_first_by_name_that_holds_the_newest_model() -> None:
+    three = {"charite": 1, "leuven": 1, "st-marys": 1}
+    first = state(chain([A, B, C]), three)
+    made = next_epoch(first, 9, 5)
+    assert (made.number, made.first_round, made.maker, made.cohort) == (1, 1, "charite", tuple(three))
+    attempt = Attempt("tiny-1", 1, 1, "completed", pb.Round(), tuple(three), (), None, None, None, 0, 0, None, None, None, None)
+    reports = {silo: sign("model-report", b"", pb.ModelReport(), silo, ed25519(1)) for silo in ("leuven", "st-marys")}
+    changed = replace(first, epoch=keyed(*three, roster_version=2), attempt=attempt, reports=reports)
+    made = next_epoch(changed, 9, 5)
+    assert (made.number, made.first_round, made.maker) == (2, 2, "leuven")  # charite has not reported the model of round 1
+
+
+def test_who_kept_an_agreement_waiting_is_left_out_of_the_next_where_the_rest_is_enough() -> None:
+    four = {"charite": 1, "leuven": 1, "st-marys": 1, "utrecht": 1}
+    first = state(chain([A, B, C, D]), four)
+    silent = replace(first, epoch=keyed("charite", "leuven", "st-marys", cohort=tuple(four)))
+    assert next_epoch(silent, 9, 5).cohort == ("charite", "leuven", "st-marys")
+    dead = next_epoch(replace(first, epoch=keyed(*four, statement=None)), 9, 5)
+    assert (dead.maker, dead.cohort) == ("leuven", ("leuven", "st-marys", "utrecht"))
 
 
 @pytest.mark.parametrize("field", ["model_mac", "bounds_digest", "sum_digest"])

@@ -58,7 +58,7 @@ def test_past_the_deadline_it_goes_on_with_enough(aggregator: TestAggregator, la
     gone = silos[3]
     run = aggregator.submit(tiny())
     gone.uploads = False
-    until(lambda: [silo.did for silo in silos] == [["join", "upload"]] * 3 + [["join"]], silos)
+    until(lambda: ["upload" in silo.did for silo in silos] == [True] * 3 + [False], silos)
     later(700)
     until(lambda: phase_of(aggregator, run)[0] >= 2, silos[:3])
     total = aggregator.store.sums(run)[0].attempt
@@ -71,7 +71,7 @@ def test_too_few_at_the_deadline_is_a_next_attempt_with_a_reason(
     silos = aggregator.hospitals()
     silos[2].uploads = False
     run = aggregator.submit(tiny())
-    until(lambda: silos[0].did == ["join", "upload"] and silos[1].did == ["join", "upload"], silos)
+    until(lambda: "upload" in silos[0].did and "upload" in silos[1].did, silos)
     later(700)
     until(lambda: phase_of(aggregator, run) == (1, 2, "open"))
     given_up = aggregator.store.abandoned(run)
@@ -129,7 +129,7 @@ def test_a_silo_that_comes_late_is_in_the_next_round_and_reaches_the_same_model(
 def test_a_silo_that_missed_the_end_still_gets_its_sums(aggregator: TestAggregator, later: Callable[[float], None]) -> None:
     silos = aggregator.hospitals(FOUR)
     run = aggregator.submit(tiny())
-    until(lambda: len(aggregator.store.run(run).joins) == 4, silos)
+    until(lambda: all(silo.epoch == 1 for silo in silos), silos)
     away, there = silos[3], silos[:3]
     until(lambda: all("upload" in silo.did for silo in there), there)
 
@@ -192,7 +192,11 @@ def test_a_new_hospital_waits_for_the_others_approval_and_delays_nobody(aggregat
 
 # --- restarts, races, disks -----------------------------------------------------------------------------------------------------
 
-ACTING = [row for row in TABLE if row.action not in (Action.WAIT, Action.FAIL, Action.ABORT, Action.NEXT_ATTEMPT)]
+ACTING = [
+    row
+    for row in TABLE
+    if row.action not in (Action.WAIT, Action.FAIL, Action.ABORT, Action.ABANDON) and row.name != "too few keys"
+]
 
 
 class Killed(BaseException):

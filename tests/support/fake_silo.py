@@ -1,6 +1,7 @@
-"""A silo as the aggregator sees one: real TLS, real signatures, tiny chunks, no training. It obeys by default and lies on request.
+"""A silo as the aggregator sees one: real TLS, signatures and ciphertexts, no training. It obeys by default and lies on request.
 
-The model of round r is a digest of the model before and the sum: whoever applied other bytes reports another model.
+The model of round r is a digest of the model before and the sum: whoever applied other bytes reports another model. All fakes share
+one HE key, whichever epoch they are told of, and their checkpoints are noise.
 """
 
 import hashlib
@@ -14,18 +15,24 @@ import numpy as np
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from silo_agent.secure_sum.encryption import decrypt, encrypt, new_secret_key
+from tests.support.identities import OPERATOR_PUBLIC
 from wardround import PROTOCOL, VERSION, tls
-from wardround.chunks import CLEAR_CHUNK_BYTES, COEFFICIENTS, FIELD_BITS, MAX_PIECE_BYTES, ControlMap, clear_bytes, num_chunks
+from wardround.chunks import COEFFICIENTS, MAX_PIECE_BYTES, ControlMap, num_chunks
+from wardround.he import he_parameters
 from wardround.keyfiles import split_pem
-from wardround.layout import layout_of
-from wardround.messages import cohort_digest, enroll_bytes, round_ctx, run_ctx, sign
+from wardround.layout import checkpoint_bytes, layout_of
+from wardround.messages import cohort_digest, enroll_bytes, epoch_ctx, round_ctx, run_ctx, sign
 from wardround.pb import federation_pb2 as pb
 from wardround.pb import federation_pb2_grpc
 from wardround.plan import Plan, parse_plan
+from wardround.roster import Roster, parse_roster
 
 INITIAL_MAC = hashlib.sha256(b"initial model").digest()
 INITIAL_BOUNDS = hashlib.sha256(b"initial bounds").digest()
 TIMEOUT_S = 30.0
+HE = he_parameters(32, 16)
+HE_KEY = new_secret_key(HE)
 
 
 def dial(target: str, roots: bytes, key: bytes, certificate: bytes) -> tuple[grpc.Channel, Any]:
@@ -38,15 +45,15 @@ def dial(target: str, roots: bytes, key: bytes, certificate: bytes) -> tuple[grp
 def upload_bytes(plan: Plan, round_: int, silo_number: int, declared: int) -> bytes:
     """Every field of silo n holds n; the control chunk counts 1 and the declared patients."""
     layout = layout_of(plan) if round_ <= plan.rounds else None
-    coefficients = np.zeros((num_chunks(layout), COEFFICIENTS), dtype="<u8")
+    coefficients = np.zeros((num_chunks(layout), COEFFICIENTS), dtype=np.uint64)
     coefficients[0, ControlMap.COUNT], coefficients[0, ControlMap.DECLARED] = 1, declared
-    coefficients[1:] = silo_number | silo_number << FIELD_BITS
-    return coefficients.tobytes()
+    coefficients[1:] = silo_number | silo_number << HE.field_bits
+    return encrypt(HE, HE_KEY, coefficients)
 
 
 @dataclass
 class FakeSilo:
-    """One hospital. `joins`, `uploads`, `seals`, `reports` False: it stays silent there."""
+    """One hospital. `joins`, `keys`, `uploads`, `seals`, `reports` False: it stays silent there."""
 
     name: str
     number: int
@@ -55,6 +62,7 @@ class FakeSilo:
     identity: Ed25519PrivateKey
     declared: int = 20
     joins: bool = True
+    keys: bool = True
     uploads: bool = True
     seals: bool = True
     reports: bool = True
@@ -64,6 +72,7 @@ class FakeSilo:
     mac: bytes = INITIAL_MAC
     bounds: bytes = INITIAL_BOUNDS
     run: str = ""
+    epoch: int = 0
     roster_version: int = 0
     seen: bytes = b""
     did: list[str] = field(default_factory=list)
@@ -150,10 +159,44 @@ class FakeSilo:
         facts = {
             "run": offer.run, "round": offer.facts.round, "attempt": offer.facts.attempt, "silo": self.name,
             "content_digest": hashlib.sha256(content).digest(), "num_chunks": num_chunks(layout),
-            "content_bytes": clear_bytes(layout),
+            "content_bytes": HE.upload_bytes(layout),
             "declared_patients": self.declared, "cap": offer.facts.cap,
         }  # fmt: skip
         return self.sign("upload", self.ctx(offer), pb.UploadHeader(**facts | changes))
+
+    def checkpoint(self, offer: pb.Offer) -> bytes:
+        size = checkpoint_bytes(layout_of(parse_plan(offer.plan))) if offer.facts.round > 1 else 0
+        return bytes([offer.facts.key_epoch]) * size
+
+    def key_epoch(self, offer: pb.Offer, roster: Roster, **changes: Any) -> pb.Signed:
+        """`roster`: whose active members get a box."""
+        facts, content = offer.facts, self.checkpoint(offer)
+        values = {
+            "run": offer.run, "number": facts.key_epoch, "first_round": facts.round, "roster_version": facts.roster_version,
+            "roster_digest": roster.digest, "he_digest": HE.digest, "commitment": hashlib.sha256(facts.ctx + b"keys").digest(),
+            "sealed_keys": b"sealed", "boxes": [pb.KeyBox(silo=name, sealed=b"box") for name in sorted(roster.active())],
+            "checkpoint_digest": hashlib.sha256(content).digest() if content else b"", "checkpoint_bytes": len(content),
+        }  # fmt: skip
+        body = pb.KeyEpoch(**values | changes)
+        return self.sign("key-epoch", self.epoch_ctx(offer, body), body)
+
+    def epoch_ctx(self, offer: pb.Offer, body: pb.KeyEpoch) -> bytes:
+        digest = parse_plan(offer.plan).digest
+        return epoch_ctx(self.federation, offer.run, digest, body.number, body.roster_digest, body.he_digest)
+
+    def ack(self, offer: pb.Offer, **changes: Any) -> pb.Signed:
+        body = pb.KeyEpoch.FromString(offer.relayed[0].body)
+        values = {"number": body.number, "commitment": body.commitment}
+        return self.sign("epoch-ack", self.epoch_ctx(offer, body), pb.EpochAck(**values | changes))
+
+    def make_keys(self, offer: pb.Offer) -> None:
+        rosters = self.stub.Rosters(pb.RostersRequest(newer_than=offer.facts.roster_version - 1), timeout=TIMEOUT_S).rosters
+        signed, content = self.key_epoch(offer, parse_roster(rosters[0], OPERATOR_PUBLIC)), self.checkpoint(offer)
+        if content:
+            self.upload(signed, content)
+        else:
+            self.post(signed)
+        self.epoch = offer.facts.key_epoch
 
     def ctx(self, offer: pb.Offer) -> bytes:
         """Its own, from its own state: an aggregator that offers another is not believed."""
@@ -165,7 +208,7 @@ class FakeSilo:
 
     def upload(self, header: pb.Signed, content: bytes, piece_bytes: int = MAX_PIECE_BYTES) -> pb.Receipt:
         status = self.stub.BeginUpload(header, timeout=TIMEOUT_S)
-        digest = pb.UploadHeader.FromString(header.body).content_digest
+        digest = hashlib.sha256(content).digest()
         while not status.HasField("receipt") and status.durable_bytes < len(content):
             start = status.durable_bytes
             piece = pb.Piece(digest=digest, offset=start, data=content[start : start + piece_bytes])
@@ -197,12 +240,17 @@ class FakeSilo:
 
     def apply(self, total: pb.Sum) -> None:
         data = self.fetch(total)
-        count = np.frombuffer(data[:CLEAR_CHUNK_BYTES], dtype="<u8")[ControlMap.COUNT]
-        assert count == len(total.uploads)
+        head = decrypt(HE, HE_KEY, data[: HE.sum_chunk_bytes])[0]
+        assert head[ControlMap.COUNT] == len(total.uploads)
         self.report_ctx, self.sum_digest, self.applied = total.facts.ctx, total.digest, data
         self.mac = hashlib.sha256(self.mac + total.digest).digest()
         self.bounds = hashlib.sha256(self.bounds + total.digest).digest()
         self.model_round = total.facts.round
+
+    def restore(self, total: pb.Sum) -> None:
+        self.fetch(total)
+        report = pb.ModelReport.FromString(total.reports[0].body)
+        self.mac, self.bounds, self.model_round = report.model_mac, report.bounds_digest, report.round
 
     def report(self, **changes: Any) -> pb.Signed:
         facts = {
@@ -222,14 +270,13 @@ class FakeSilo:
         self.roster_version = offer.roster_version
         if offer.run and offer.run != self.run and offer.phase == pb.INVITED:
             self.run, self.model_round, self.mac, self.bounds = offer.run, 0, self.initial_mac, INITIAL_BOUNDS
+            self.epoch = 0
         key = (offer.run, offer.facts.round, offer.facts.attempt)
         if offer.phase == pb.INVITED and self.joins:
             self._once(("join", offer.run), lambda: self.post(self.join(offer)))
-        for total in offer.sums:
-            if total.facts.round == self.model_round + 1:
-                self.apply(total)
-                if self.reports:
-                    self._once(("report", offer.run, self.model_round), lambda: self.post(self.report()))
+        self._catch_up(offer)
+        if self.keys:
+            self._keys(offer)
         if offer.phase == pb.OPEN and self.uploads and self.name in offer.facts.cohort:
             content = self.content(offer)
             self._once(("upload", key), lambda: self.upload(self.header(offer, content), content))
@@ -239,13 +286,31 @@ class FakeSilo:
             self.closed = pb.Phase.Name(offer.phase)
         return offer
 
+    def _catch_up(self, offer: pb.Offer) -> None:
+        for total in offer.sums:
+            if total.facts.round == self.model_round + 1:
+                self.apply(total)
+                if self.reports:
+                    self._once(("report", offer.run, self.model_round), lambda: self.post(self.report()))
+        if self.model_round < offer.checkpoint.facts.round:
+            self.restore(offer.checkpoint)
+
+    def _keys(self, offer: pb.Offer) -> None:
+        if offer.phase == pb.KEYING:
+            self._once(("keys", offer.run, offer.facts.key_epoch), lambda: self.make_keys(offer))
+        for signed in offer.relayed:
+            body = pb.KeyEpoch.FromString(signed.body)
+            if body.number > self.epoch and self.name in [box.silo for box in body.boxes]:
+                self._once(("ack", offer.run, body.number), lambda: self.post(self.ack(offer)))
+                self.epoch = body.number
+
     def _once(self, key: Any, act: Callable[[], Any]) -> None:
         if key in self._done:
             return
         try:
             act()
         except grpc.RpcError as error:
-            if "takes no" not in error.details():
+            if "takes no" not in error.details() and "old or another key epoch" not in error.details():
                 raise
             return  # the round moved on since the offer: a silo looks again
         self._done.add(key)
