@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from aggregator import cohort
 from aggregator.blobs import Blobs
-from aggregator.fold import fold
+from aggregator.fold import FoldProcess
 from aggregator.records import Attempt, RunState
 from aggregator.round import Action, Facts, Phase, Row, RunPhase, next_row
 from aggregator.store import Stale, Store, on_fresh_state
@@ -54,8 +54,8 @@ class Bell:
 class Driver:
     """One thread that decides. `holder` names this program for the lease."""
 
-    def __init__(self, store: Store, blobs: Blobs, bell: Bell, holder: str) -> None:
-        self._store, self._blobs, self._bell, self._holder = store, blobs, bell, holder
+    def __init__(self, store: Store, blobs: Blobs, folds: FoldProcess, bell: Bell, holder: str) -> None:
+        self._store, self._blobs, self._folds, self._bell, self._holder = store, blobs, folds, bell, holder
         self._stop = threading.Event()
         self._leased_until_ms = 0
         self._seen = 0
@@ -120,6 +120,7 @@ class Driver:
     def _open_round(self, _row: Row, state: RunState) -> None:
         facts = cohort.next_facts(state, self._store.federation, self._deadline(state))
         self._store.open_attempt(state.id, facts, state.seq)
+        self._folds.warm()
 
     def _seal(self, _row: Row, state: RunState) -> None:
         self._store.seal(_attempt(state), _durable(state) & state.active, self._deadline(state), state.seq)
@@ -133,7 +134,7 @@ class Driver:
         uploads = [state.uploads[silo] for silo in attempt.u3]
         layout = layout_of(state.plan) if attempt.round <= state.plan.rounds else None
         digests = [upload.content_digest for upload in uploads]
-        self._store.folded(attempt, *fold(self._blobs, digests, state.plan.aggregation.he, num_chunks(layout)))
+        self._store.folded(attempt, *self._folds.fold(digests, state.plan.aggregation.he, num_chunks(layout)))
 
     def _publish(self, _row: Row, state: RunState) -> None:
         self._store.publish(_attempt(state), self._deadline(state), state.seq)

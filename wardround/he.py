@@ -98,3 +98,6 @@ def he_parameters(max_silos: int, bits: int) -> HeParameters:
             return row
     known = ", ".join(f"{row.max_silos} silos x {row.bits} bits" for row in _ROWS)
     raise PlanError(f"encrypted sums exist for {known}: {max_silos} silos x {bits} bits is none of them")
+
+
+DEFAULT = he_parameters(max_silos=32, bits=16)

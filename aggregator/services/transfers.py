@@ -1,28 +1,25 @@
 """Uploads come in by offset and are verified whole; sums go out by offset. Limits are checked before any work is done."""
 
-from threading import BoundedSemaphore
+from functools import partial
 
 from aggregator import cohort
 from aggregator.blobs import Blobs
+from aggregator.fold import FoldProcess, check_digest
 from aggregator.interceptors import Caller
 from aggregator.records import Attempt, RunState, Upload
 from aggregator.services.statements import attempt_of, check_key_epoch, epoch_of
 from aggregator.store import Store, on_fresh_state
 from aggregator.telemetry import DOWNLOAD_BYTES, UPLOAD_BYTES, log
 from wardround.chunks import MAX_PIECE_BYTES, num_chunks
-from wardround.ciphertexts import check_upload
 from wardround.errors import MessageError
 from wardround.layout import Layout, layout_of
 from wardround.messages import opened
 from wardround.pb import federation_pb2 as pb
 
-MAX_VERIFYING = 2  # uploads that are hashed and looked through at one time: bounds memory and disk reads
-
 
 class Transfers:
-    def __init__(self, store: Store, blobs: Blobs) -> None:
-        self._store, self._blobs = store, blobs
-        self._verifying = BoundedSemaphore(MAX_VERIFYING)
+    def __init__(self, store: Store, blobs: Blobs, folds: FoldProcess) -> None:
+        self._store, self._blobs, self._folds = store, blobs, folds
 
     def begin(self, caller: Caller, signed: pb.Signed) -> pb.UploadStatus:
         """Accept a signed header or key epoch; says how many bytes are durable already, with the receipt when all was."""
@@ -71,10 +68,8 @@ class Transfers:
         if attempt.phase != "open":
             raise MessageError(_closed(attempt.round, attempt.attempt, attempt.phase))
         try:
-            with self._verifying:
-                self._blobs.finish(
-                    upload.content_digest, caller.name, upload.num_bytes, lambda view: check_upload(state.plan.aggregation.he, view)
-                )
+            gate = partial(self._folds.check_upload, digest=upload.content_digest, parameters=state.plan.aggregation.he)
+            self._blobs.finish(upload.content_digest, caller.name, upload.num_bytes, gate)
         except MessageError as error:
             facts = {"run": upload.run, "round": upload.round, "attempt": upload.attempt, "silo": caller.name, "reason": str(error)}
             self._store.note("upload-refused", facts)
@@ -87,8 +82,8 @@ class Transfers:
     def _finish_checkpoint(self, upload: Upload) -> pb.Receipt:
         """Whole and durable: from here on its key epoch can be taken. What it holds, only silos can read."""
         if upload.state == "receiving":
-            with self._verifying:
-                self._blobs.finish(upload.content_digest, upload.silo, upload.num_bytes, lambda _: None)
+            gate = partial(check_digest, digest=upload.content_digest)
+            self._blobs.finish(upload.content_digest, upload.silo, upload.num_bytes, gate)
             self._store.upload_durable(upload)
             log.info("checkpoint", silo=upload.silo, run=upload.run, epoch=upload.attempt, num_bytes=upload.num_bytes)
         return _receipt(upload)

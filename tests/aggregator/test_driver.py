@@ -9,6 +9,7 @@ import structlog
 
 from aggregator import driver as module
 from aggregator.driver import Bell, Driver, facts_of, situation
+from aggregator.fold import FoldProcess
 from aggregator.round import TABLE, Action, Row, next_row
 from aggregator.store import RunState, Stale
 from tests.aggregator.test_statements import at, records
@@ -256,7 +257,7 @@ def test_only_the_holder_of_the_lease_decides(aggregator: TestAggregator) -> Non
     store = aggregator.store
     until(lambda: not store.hold_lease("another", 1000))
     assert not store.hold_lease("another", 1000)
-    second = Driver(store, aggregator.server.driver._blobs, Bell(), "another")
+    second = Driver(store, aggregator.server.driver._blobs, aggregator.server.driver._folds, Bell(), "another")
     assert not second._lease()
     aggregator.stop()
     aggregator.opened.database.close()
@@ -276,7 +277,7 @@ def test_a_disk_that_fails_is_said_once_and_it_goes_on(aggregator: TestAggregato
     run = aggregator.submit(tiny())
     with structlog.testing.capture_logs() as logs:
         with monkeypatch.context() as patch:
-            patch.setattr(module, "fold", full)
+            patch.setattr(FoldProcess, "fold", full)
             until(lambda: len(tries) > 3, silos)
         until(lambda: aggregator.store.run(run).phase == "completed", silos)
         until(lambda: any(line["event"] == "driver.goes_on" for line in logs))
