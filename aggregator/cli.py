@@ -20,7 +20,6 @@ from aggregator.folder import Opened
 from aggregator.records import RunState
 from aggregator.store import ENDED, Store
 from aggregator.telemetry import configure
-from wardround.chunks import MAX_SILOS
 from wardround.cli import Json, command_line, plan_facts, print_facts, run
 from wardround.errors import ConflictError, PlanError, SettingsError, StorageError
 from wardround.keyfiles import write_secret
@@ -126,8 +125,11 @@ def _check_fits(plan: Plan, store: Store) -> list[str]:
             f"aggregation.min_silos is {plan.aggregation.min_silos}, the published roster has {len(active)} active "
             "silos: enrol more, or ask fewer"
         )
-    if len(active) > MAX_SILOS:
-        raise PlanError(f"a sum has headroom for {MAX_SILOS} silos, the published roster has {len(active)} active ones")
+    if len(active) > plan.aggregation.he.max_silos:
+        raise PlanError(
+            f"aggregation.max_silos is {plan.aggregation.he.max_silos}, the published roster has {len(active)} active silos: a sum "
+            "must have headroom for all of them"
+        )
     return active
 
 

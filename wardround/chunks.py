@@ -1,8 +1,7 @@
 """The form of an upload: chunks of 4,096 coefficients, chunk 0 the control chunk, the rest the packed update.
 
-A coefficient holds two fields of 16 value and 5 headroom bits (secure-sum.md section 1, row "32 silos"), so that 32 silos add up
-without a carry. In the clear (key epoch 0) a chunk is its coefficients as little-endian u64; an encrypted chunk will be a BFV
-ciphertext of the same coefficients. Control coefficients are one integer each: ControlMap says which is which.
+A coefficient of the update holds two fields, each with headroom so that all silos of a sum add up without a carry (wardround/he.py
+says how much). Control coefficients are one integer each: ControlMap says which is which.
 """
 
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wardround.canonical import canonical_json, sha256
 from wardround.errors import MessageError
 
 if TYPE_CHECKING:
@@ -19,16 +17,7 @@ if TYPE_CHECKING:
 
 COEFFICIENTS = 4096  # per chunk: poly_modulus_degree
 FIELDS = 2  # per coefficient
-FIELD_BITS = 21
-MAX_SILOS = 32
-MAX_CODE = 65534  # of one silo in one field; 32767 is zero
-PLAIN_MODULUS = 1 << (FIELDS * FIELD_BITS)
-CLEAR_CHUNK_BYTES = 8 * COEFFICIENTS
 MAX_PIECE_BYTES = 1 << 20  # of one PutChunks or Get
-
-CLEAR_HE_DIGEST = sha256(
-    b"wardround/he/clear/1" + canonical_json({"coefficients": COEFFICIENTS, "fields": FIELDS, "field_bits": FIELD_BITS})
-)
 
 
 @dataclass(frozen=True)
@@ -73,40 +62,12 @@ def num_chunks(layout: "Layout | None") -> int:
     return 1 if layout is None else 1 + -(-layout.num_parameters // (FIELDS * COEFFICIENTS))
 
 
-def clear_bytes(layout: "Layout | None") -> int:
-    """Exact size in bytes of an upload, and of a sum, in the clear."""
-    return num_chunks(layout) * CLEAR_CHUNK_BYTES
-
-
 def metric_names(classes: tuple[str, ...]) -> tuple[str, ...]:
     """What a segmentation plan measures, in the order of the control chunk."""
     return ("dice", *(f"dice/{name}" for name in classes[1:]), "hd95_mm")
 
 
-def clear_coefficients(data: bytes | memoryview, layout: "Layout | None") -> np.ndarray:
-    """uint64 [num_chunks, 4096] of an upload or a sum in the clear, no copy. Raises MessageError for any other size."""
-    if len(data) != clear_bytes(layout):
-        raise MessageError(f"expected {clear_bytes(layout)} bytes of chunks, got {len(data)}")
-    return np.frombuffer(data, dtype="<u8").reshape(-1, COEFFICIENTS)
-
-
-def gate(data: bytes | memoryview, layout: "Layout | None", declared_patients: int) -> None:
-    """What the aggregator refuses before it adds: a wrong size, a field outside 0..65534, a count that is not 1, a declared number
-    that is not the silo's. Raises MessageError. (Encrypted, it will see sizes and forms only.)"""
-    coefficients = clear_coefficients(data, layout)
-    if coefficients[0, ControlMap.COUNT] != 1 or coefficients[0, ControlMap.DECLARED] != declared_patients:
-        raise MessageError(
-            f"the control chunk must say count 1 and {declared_patients} declared patients, got count "
-            f"{coefficients[0, ControlMap.COUNT]} and {coefficients[0, ControlMap.DECLARED]}"
-        )
-    if coefficients[0].max() >= PLAIN_MODULUS // MAX_SILOS:
-        raise MessageError(f"a control value is too large for {MAX_SILOS} silos to add up")
-    for fields in unpack_fields(coefficients[1:]):
-        if fields.size and fields.max() > MAX_CODE:
-            raise MessageError(f"a packed field must lie in 0..{MAX_CODE}, got {fields.max()}")
-
-
-def unpack_fields(coefficients: np.ndarray, field_bits: int = FIELD_BITS) -> Iterator[np.ndarray]:
+def unpack_fields(coefficients: np.ndarray, field_bits: int) -> Iterator[np.ndarray]:
     """The FIELDS interleaved fields of uint64 coefficients, lowest first; bits above them count to the last, so nothing hides."""
     for index in range(FIELDS):
         shifted = coefficients >> np.uint64(index * field_bits)

@@ -3,8 +3,7 @@
 The check is `sum_j r_j * (f_j mod p) mod p`, p = 2^32 - 5, r_j the 32-bit words of AES-256-CTR under
 HKDF(epoch_secret, "wardround/check/1" | ctx); f_j are the control chunk's integers, the check's own place counted as 0, then the
 fields. It is linear: the check of a sum is the sum of the checks. Who does not know the epoch secret changes any of these numbers
-unnoticed with probability 2^-31. In the clear (key epoch 0) the epoch secret is 32 zero bytes, which anyone can compute: there the
-check finds faults, not attackers.
+unnoticed with probability 2^-31.
 """
 
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from wardround.layout import Layout
 PRIME = 2**32 - 5
 GROUP = 512  # a field has at most 23 bits, a word 32: the sum of 512 products stays below 2^64
 METRIC_UNITS = 2**20  # metric sums travel as multiples of 2^-20, at most HeParameters.max_control of them
-CLEAR_EPOCH_SECRET = bytes(32)
 
 
 def linear_check(head: np.ndarray, fields: np.ndarray, ctx: bytes, epoch_secret: bytes) -> int:
@@ -66,11 +64,6 @@ def control_chunk(
 def upload_coefficients(control: np.ndarray, encoded: Encoded | None, parameters: HeParameters = DEFAULT) -> np.ndarray:
     """uint64 [num_chunks, 4096], what is encrypted: the control chunk, then the packed fields."""
     return control if encoded is None else np.concatenate([control, pack(encoded.fields, parameters)])
-
-
-def upload_bytes(control: np.ndarray, encoded: Encoded | None) -> bytes:
-    """What travels in the clear: the same coefficients as little-endian u64."""
-    return upload_coefficients(control, encoded).astype("<u8").tobytes()
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class SealedEpoch:
 
 
 def new_epoch(epoch: Epoch, he_secret_key: bytes, digest_key: bytes | None = None) -> EpochKeys:
-    """A fresh secret from the operating system beside a fresh HE key. `digest_key`: of the run's epoch before, None in its first."""
+    """A fresh secret from the operating system and a fresh HE key; `digest_key` of the run's epoch before, None in its first."""
     return EpochKeys(epoch, os.urandom(SECRET_BYTES), digest_key or os.urandom(SECRET_BYTES), he_secret_key)
 
 
