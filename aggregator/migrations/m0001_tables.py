@@ -149,7 +149,7 @@ def upgrade() -> None:
         sa.Column("run", sa.Text(), nullable=False, comment="runs.id"),
         sa.Column(
             "number",
-            sa.BigInteger(),
+            sa.Integer(),
             autoincrement=False,
             nullable=False,
             comment="1-based; the key epoch in the facts of its attempts",

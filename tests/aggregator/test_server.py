@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 import sqlalchemy
 
@@ -25,14 +24,15 @@ from aggregator.folder import Opened
 from aggregator.server import Server
 from aggregator.services import federation
 from aggregator.views import Projection, run_view
+from silo_agent.secure_sum.encryption import decrypt
 from tests.support.aggregator import SILOS, TestAggregator, until
-from tests.support.fake_silo import FakeSilo
+from tests.support.fake_silo import HE, HE_KEY, FakeSilo
 from tests.support.identities import OPERATOR, OPERATOR_PUBLIC
 from tests.support.plans import tiny
 from tests.support.refused import refused
 from wardround import VERSION
 from wardround.audit import verify_file
-from wardround.chunks import CLEAR_CHUNK_BYTES, FIELD_BITS, ControlMap
+from wardround.chunks import ControlMap
 from wardround.errors import SettingsError, StorageError, VersionError
 from wardround.pb import federation_pb2 as pb
 from wardround.roster import parse_draft, parse_roster, sign_roster, write_public_key
@@ -51,11 +51,10 @@ def test_two_rounds_and_the_closing_one(aggregator: TestAggregator) -> None:
     assert first.attempt.u3 == SILOS and first.attempt.cohort == SILOS
     # 1 + 2 + 3 in every field, by hand; 3 silos of 20 patients.
     data = aggregator.server.driver._blobs.read(first.attempt.sum_digest or b"", 0, 1 << 30)
-    fields = np.frombuffer(data[CLEAR_CHUNK_BYTES:], dtype="<u8")
-    assert set(fields.tolist()) == {6 | 6 << FIELD_BITS}
-    control = np.frombuffer(data[:CLEAR_CHUNK_BYTES], dtype="<u8")
+    control, fields = decrypt(HE, HE_KEY, data)
+    assert set(fields.tolist()) == {6 | 6 << HE.field_bits}
     assert (control[ControlMap.COUNT], control[ControlMap.DECLARED]) == (3, 60)
-    assert closing.attempt.sum_bytes == CLEAR_CHUNK_BYTES
+    assert closing.attempt.sum_bytes == HE.sum_chunk_bytes
     assert second.attempt.facts.previous_model_mac != first.attempt.facts.previous_model_mac
     # Uploads are gone once their sum is out; sums stay.
     names = {path.name for path in (aggregator.settings.data / "spool").iterdir()}
@@ -67,7 +66,7 @@ def test_two_rounds_and_the_closing_one(aggregator: TestAggregator) -> None:
     view = run_view(aggregator.store, run)
     assert [one.round for one in view.rounds] == [1, 2, 3] and view.rounds[0].cohort_size == 3
     assert (view.rounds[0].means, view.rounds[0].model_round_measured) == ({"dice": 0.5}, 0)
-    assert (view.rounds[0].upload_bytes, view.rounds[0].download_bytes) == (3 * len(data), 3 * len(data))
+    assert (view.rounds[0].upload_bytes, view.rounds[0].download_bytes) == (3 * 2 * HE.upload_chunk_bytes, 3 * len(data))
     assert view.rounds[1].own == {silo: {"dice": 0.4} for silo in SILOS} and view.rounds[0].seconds["train"] == 1.0
     assert (view.rounds[0].late, view.rounds[0].dropped, view.ended_ms) == (0, 0, state.ended_ms)
     assert view.notes == ("patients are simulated",) and {one.declared_patients for one in view.datasets} == {20}

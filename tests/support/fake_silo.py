@@ -79,6 +79,7 @@ class FakeSilo:
     heads: list[pb.AuditHead] = field(default_factory=list)
     closed: str = ""
     _done: set[Any] = field(default_factory=set)
+    _contents: dict[bytes, bytes] = field(default_factory=dict)
 
     @classmethod
     def enrolled(cls, name: str, number: int, port: int, enrolment: bytes) -> "FakeSilo":
@@ -151,7 +152,11 @@ class FakeSilo:
         return self.sign("join", run_ctx(self.federation, offer.run, plan.digest), pb.Join(**facts | changes))
 
     def content(self, offer: pb.Offer) -> bytes:
-        return upload_bytes(parse_plan(offer.plan), offer.facts.round, self.number, self.declared)
+        """Encrypted once per attempt: what was made is what is sent again."""
+        if offer.facts.ctx not in self._contents:
+            plan = parse_plan(offer.plan)
+            self._contents[offer.facts.ctx] = upload_bytes(plan, offer.facts.round, self.number, self.declared)
+        return self._contents[offer.facts.ctx]
 
     def header(self, offer: pb.Offer, content: bytes, **changes: Any) -> pb.Signed:
         plan = parse_plan(offer.plan)
