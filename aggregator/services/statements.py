@@ -204,8 +204,7 @@ def check_join(state: RunState, join: pb.Join) -> None:
         raise MessageError(f"declared_patients has one or two significant digits and is at least 1: got {digits}")
     if join.layout_digest != layout_of(state.plan).digest:
         raise IntegrityError("this silo builds another layout from the plan than the aggregator: compare software versions")
-    most = state.plan.aggregation.he.max_silos
-    if len(state.joins) >= most:
+    if len(state.joins) >= (most := state.plan.aggregation.he.max_silos):
         raise MessageError(
             f"the plan's packing adds up at most {most} silos, and as many have joined: the plan needs more headroom"
         )

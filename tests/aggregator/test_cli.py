@@ -49,8 +49,8 @@ def test_plans_are_checked_against_who_is_there(aggregator: TestAggregator, comm
 
 def test_more_silos_than_a_sum_has_room_for(aggregator: TestAggregator, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     aggregator.hospitals()
-    monkeypatch.setattr(cli, "MAX_SILOS", 2)
-    assert "a sum has headroom for 2 silos, the published roster has 3" in command("plan", "check", "plan.yaml")[2]
+    monkeypatch.setattr(Roster, "active", lambda _: {f"silo-{number}": None for number in range(33)})
+    assert "aggregation.max_silos is 32, the published roster has 33" in command("plan", "check", "plan.yaml")[2]
 
 
 def test_a_run_from_submission_to_its_end(aggregator: TestAggregator, command: Any) -> None:
