@@ -11,6 +11,7 @@ from tests.aggregator.test_statements import at
 from tests.support.aggregator import TestAggregator, until
 from tests.support.plans import TINY, tiny
 from wardround.cli import run
+from wardround.roster import Roster
 
 
 @pytest.fixture

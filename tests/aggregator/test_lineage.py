@@ -26,6 +26,7 @@ from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
 from tests.support.plans import tiny
 from wardround.canonical import digest_name
 from wardround.errors import Disconnected, StorageError
+from wardround.plan import UNMASKED
 
 Seen = Callable[[str], dict[str, Any]]
 SIMULATED = "patients are simulated from one real anatomy"
@@ -206,7 +207,7 @@ def test_a_run_is_written_as_operations_md_says(client: MlflowClient, seen: Seen
     assert run["params"]["name"] == "tiny" and run["params"]["aggregation.server.momentum"] == "0.0"
     assert run["tags"]["wardround.plan_digest"] == digest_name(view.plan.digest)
     assert run["tags"]["wardround.run_id"] == "tiny-1" and run["tags"]["mlflow.user"] == "ada"
-    assert SIMULATED in run["tags"]["mlflow.note.content"] and "in the clear" in run["tags"]["mlflow.note.content"]
+    assert SIMULATED in run["tags"]["mlflow.note.content"] and UNMASKED in run["tags"]["mlflow.note.content"]
     facts = '{"silo": "charite", "declared_patients": 84, "digest": "sha256:' + "02" * 32 + '"}'
     assert run["inputs"][0] == ("brain-t1@charite", "02" * 16, facts)
 
