@@ -45,14 +45,15 @@ class Transfers:
         return self._status(on_fresh_state(checkpoint if signed.message == "key-epoch" else decide))
 
     def put(self, caller: Caller, piece: pb.Piece) -> pb.UploadStatus:
-        if not 0 < len(piece.data) <= MAX_PIECE_BYTES:
-            raise MessageError(f"a piece has 1 to {MAX_PIECE_BYTES} bytes: this one has {len(piece.data)}")
+        data = piece.data  # a copy, each time one looks
+        if not 0 < len(data) <= MAX_PIECE_BYTES:
+            raise MessageError(f"a piece has 1 to {MAX_PIECE_BYTES} bytes: this one has {len(data)}")
         upload = self._upload(caller, piece.digest)
         if upload.finished_ms is not None:
             return self._status(upload)
         if upload.state == "deleted":
             raise MessageError(_closed(upload.round, upload.attempt, "closed"))
-        durable = self._blobs.append(upload.content_digest, caller.name, piece.offset, piece.data, upload.num_bytes)
+        durable = self._blobs.append(upload.content_digest, caller.name, piece.offset, data, upload.num_bytes)
         return pb.UploadStatus(upload=upload.content_digest, durable_bytes=durable)
 
     def finish(self, caller: Caller, trailer: pb.UploadTrailer) -> pb.Receipt:
