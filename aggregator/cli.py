@@ -226,6 +226,9 @@ def _details(store: Store, name: str) -> dict[str, Any]:
         "given_up": [f"round {one.round}, attempt {one.attempt}: {one.reason}" for one in store.abandoned(name)],
         "completed": rounds,
         "in_mlflow": name not in store.unprojected(),
+        "key_epoch": state.epoch.number if state.epoch else 0,
+        "keys_made_by": state.epoch.maker if state.epoch else "nobody yet",
+        "keys_held_by": sorted(state.epoch.keyed) if state.epoch else [],
         "notes": _notes(state),
     }
 

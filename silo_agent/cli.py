@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -24,6 +25,7 @@ from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, print_facts
 from wardround.cli import run as run_command_line
 from wardround.errors import PolicyRefusal, SettingsError
+from wardround.pb import federation_pb2 as pb
 from wardround.plan import load_plan
 from wardround.roster import Member, Roster, changes, parse_roster
 
@@ -145,12 +147,16 @@ def status(context: typer.Context, json_: Json = False) -> None:
         "certificate_ends": tls.load_certificate(keys.tls_material()[1]).not_valid_after_utc.isoformat(timespec="minutes"),
         "aggregator_audit_head": head["seq"] if head else 0,
     }
-    runs = [{key: row[key] for key in ("run", "stance", "reason", "model_round")} for row in state.runs()]
+    runs = [{key: row[key] for key in ("run", "stance", "reason", "model_round")} | _key_epoch(state, row) for row in state.runs()]
     if json_:
         since = None if activity is None else activity["since_ms"]
         print_facts(facts | {"activity_since_ms": since, "runs": runs}, True)
         return
-    lines = [f"{row['run']}: {row['stance']}, model of round {row['model_round']} {row['reason'] or ''}".rstrip() for row in runs]
+    lines = [
+        f"{row['run']}: {row['stance']}, model of round {row['model_round']}, key epoch {row['key_epoch']}"
+        + (f"; {row['reason']}" if row["reason"] else "")
+        for row in runs
+    ]
     print_facts(facts | {"runs": lines or ["none"]}, False)
 
 
@@ -275,6 +281,14 @@ def roster_approve(
     state.approve_roster(chosen.version, digest_name(chosen.digest))
     changed = [f"{member.name}: {what}" for what, member in changes(chosen, before)]
     print_facts({"approved_version": chosen.version, "changes": changed or ["none"]}, json_)
+
+
+def _key_epoch(state: State, run: sqlite3.Row) -> dict[str, Any]:
+    """The newest key epoch of a run, and why this silo destroyed its keys before their time."""
+    epoch = state.epoch(run["run"])
+    halt = None if run["halt"] is None else pb.Halt.FromString(pb.Signed.FromString(run["halt"]).body)
+    facts = {"key_epoch": 0 if epoch is None else epoch["number"]}
+    return facts if halt is None else facts | {"reason": f"the sum of round {halt.round} was refused: {halt.reason}"}
 
 
 def _received(state: State) -> list[Roster]:
