@@ -34,7 +34,7 @@ from wardround import PROTOCOL, PROTOCOL_OLDEST, VERSION
 from wardround.canonical import canonical_json, frame, sha256
 from wardround.chunks import num_chunks
 from wardround.errors import Disconnected, IntegrityError, MessageError, StorageError, WardroundError
-from wardround.messages import run_ctx, sign, statement_digest
+from wardround.messages import claimed, run_ctx, sign, statement_digest
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import parse_plan
 
@@ -151,11 +151,7 @@ class Agent:
             summed_rounds=frozenset(
                 total.facts.round for total in offer.sums if self.keyring.holds(offer.run, total.facts.key_epoch)
             ),
-            epoch=offer.facts.key_epoch
-            if offer.phase == pb.KEYING
-            else 0
-            if ours is None
-            else pb.KeyEpoch.FromString(ours.body).number,
+            epoch=offer.facts.key_epoch if offer.phase == pb.KEYING else 0 if ours is None else claimed(ours, pb.KeyEpoch).number,
             checkpoint_round=offer.checkpoint.facts.round,
             validate_every=plan.validate_every if plan else 1,
         )
@@ -163,7 +159,7 @@ class Agent:
     def _our_keys(self, offer: pb.Offer) -> pb.Signed | None:
         """The relayed KeyEpoch, if it has a box for this silo."""
         for signed in offer.relayed:
-            if signed.message == "key-epoch" and self.silo in (box.silo for box in pb.KeyEpoch.FromString(signed.body).boxes):
+            if signed.message == "key-epoch" and self.silo in (box.silo for box in claimed(signed, pb.KeyEpoch).boxes):
                 return signed
         return None
 
@@ -278,7 +274,7 @@ class Agent:
         row = self.state.run(offer.run)
         assert row is not None  # noqa: S101 - the table: its Halt is kept
         self.membership.dial().post(pb.Signed.FromString(row["halt"]))
-        self.state.halted(offer.run)
+        self._close(offer)  # whatever the aggregator offers of this run from now on
 
     # --- a round ---------------------------------------------------------------------------------------------------------------
 
@@ -369,7 +365,7 @@ class Agent:
             control = run.control(facts.round)
             checked = checked_sum(coefficients, layout, control, sealable.declared, ctx, keys.secret, run.he)
         except (IntegrityError, MessageError) as error:
-            self.keyring.halt(run, facts, _one_line(error))
+            self.keyring.halt(run, facts)
             log.error("sum refused, keys destroyed", run=run.id, round=facts.round, reason=str(error))
             return
         exponents = exponents_of(self.state.model(run.id, run.model_round))

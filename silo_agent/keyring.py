@@ -17,8 +17,10 @@ from silo_agent.secure_sum.epoch import Epoch, EpochKeys, SealedEpoch, new_epoch
 from silo_agent.secure_sum.global_model import GlobalModel
 from wardround.canonical import sha256
 from wardround.errors import IntegrityError, MessageError
-from wardround.messages import epoch_ctx, opened, run_ctx, sign
+from wardround.messages import claimed, epoch_ctx, opened, run_ctx, sign
 from wardround.pb import federation_pb2 as pb
+
+HALT_REASON = "the published sum failed the check; the agent's log says how"
 
 
 class Keyring:
@@ -69,7 +71,7 @@ class Keyring:
     def take(self, run: Run, signed: pb.Signed) -> None:
         """Open the box that another member made for this silo, check what it holds, and acknowledge. Raises IdentityError,
         IntegrityError or MessageError; then nothing is acknowledged and the silo stays out of rounds under these keys."""
-        body = pb.KeyEpoch.FromString(signed.body)  # which epoch it claims to be of; believed once the signature over that holds
+        body = claimed(signed, pb.KeyEpoch)  # which epoch it says it is of; believed once the signature over that holds
         if self._state.epoch(run.id, body.number) is None:
             self._take(run, signed, body)
         self._membership.dial().post(pb.Signed.FromString(self._row(run, body.number)["statement"]))
@@ -84,8 +86,8 @@ class Keyring:
         if signed.silo not in members:
             raise MessageError(f"the keys of epoch {body.number} were made by {signed.silo}, which is not in the approved roster")
         opened(signed, pb.KeyEpoch, self._ctx(run, epoch), members[signed.silo].identity)
-        claimed = Epoch(epoch.federation, body.run, body.number, body.roster_digest, body.he_digest)
-        sealed = SealedEpoch(claimed, body.commitment, body.sealed_keys, {box.silo: box.sealed for box in body.boxes})
+        theirs = Epoch(epoch.federation, body.run, body.number, body.roster_digest, body.he_digest)
+        sealed = SealedEpoch(theirs, body.commitment, body.sealed_keys, {box.silo: box.sealed for box in body.boxes})
         keys = open_epoch(sealed, epoch, signed.silo, self._membership.silo, self._keys.sealing)
         if run.model_round > 0 and keys.digest_key != self.digest_key(run):
             raise IntegrityError(
@@ -97,9 +99,7 @@ class Keyring:
 
     def keys(self, run: Run, number: int) -> EpochKeys:
         """Raises IntegrityError when they are destroyed, MessageError when this silo never had them."""
-        row = self._row(run, number)
-        if row["secrets"] is None:
-            raise IntegrityError(f"this silo's keys of key epoch {number} are destroyed: nothing can be summed under it any more")
+        row = self._held(run, number)
         return EpochKeys.of(self._epoch(run, number, row["roster_digest"]), row["secrets"])
 
     def holds(self, run: str, number: int) -> bool:
@@ -114,20 +114,34 @@ class Keyring:
         return self.keys(run, row["number"]).digest_key
 
     def view(self, run: Run, number: int) -> KeyEpoch:
-        """What this silo knows of a key epoch, for the checks of an offer."""
-        row = self._row(run, number)
+        """What this silo knows of a key epoch, for the checks of an offer. Raises as `keys` does: what could not be summed is not
+        even begun."""
+        row = self._held(run, number)
         return KeyEpoch(number, row["commitment"], row["roster_digest"], row["first_round"])
 
-    def halt(self, run: Run, facts: pb.Round, reason: str) -> None:
-        """Destroy the keys: one question more about a sum that failed would tell the aggregator about the key."""
-        body = pb.Halt(run=run.id, round=facts.round, attempt=facts.attempt, reason=reason)
+    def halt(self, run: Run, facts: pb.Round) -> None:
+        """Destroy the keys: one question more about a sum that failed would tell the aggregator about the key. So would the numbers
+        that did not fit, which come out of whatever it published: the Halt names none."""
+        body = pb.Halt(run=run.id, round=facts.round, attempt=facts.attempt, reason=HALT_REASON)
         signed = sign("halt", run_ctx(self._membership.federation, run.id, run.plan.digest), body, *self._signer)
-        self._state.halt(run.id, signed.SerializeToString(), reason)
+        self._state.halt(run.id, signed.SerializeToString(), HALT_REASON)
 
     def _row(self, run: Run, number: int) -> sqlite3.Row:
         row = self._state.epoch(run.id, number)
         if row is None:
-            raise MessageError(f"the aggregator speaks of key epoch {number}, whose keys this silo does not hold; nothing is sent")
+            raise MessageError(
+                f"the aggregator speaks of key epoch {number}, whose keys this silo does not hold: nothing is sent before a member "
+                "of the roster has sealed them for it"
+            )
+        return row
+
+    def _held(self, run: Run, number: int) -> sqlite3.Row:
+        row = self._row(run, number)
+        if row["secrets"] is None:
+            raise IntegrityError(
+                f"this silo's keys of key epoch {number} are destroyed: nothing can be summed under it any more, nothing is sent; "
+                "a round needs the newest key epoch, and a run whose sum failed the check must be submitted again"
+            )
         return row
 
     def _keep(self, run: Run, keys: EpochKeys, body: pb.KeyEpoch, statement: pb.Signed, checkpoint: str | None) -> None:

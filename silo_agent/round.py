@@ -59,7 +59,7 @@ class Facts:
     evaluated_round: int = -1  # newest model evaluated on the validation patients
     reported_round: int = 0  # newest model whose report the aggregator has acknowledged
     epoch: int = 0  # newest key epoch whose keys are held and acknowledged
-    halting: bool = False  # a sum failed the check, and the aggregator has not been told yet
+    halting: bool = False  # a sum failed the check; once the aggregator was told, the run is closed
     event_round: int = 0  # newest round whose event (random key) was opened
     update_round: int = 0  # newest round whose update is durable
     encoded: Attempt = NEVER  # newest attempt whose upload lies in the spool
@@ -89,6 +89,10 @@ class Row:
     action: Action
 
 
+def _takes_part(facts: Facts) -> bool:
+    return facts.stance is Stance.JOINED and not facts.halting
+
+
 def _open(offer: Offered) -> bool:
     return offer.phase == "OPEN" and offer.in_cohort
 
@@ -111,7 +115,7 @@ TABLE: tuple[Row, ...] = (
     Row("judge", lambda facts, offer: offer.phase == "INVITED" and facts.stance is Stance.UNKNOWN, Action.JUDGE),
     Row("not ours", lambda facts, offer: facts.stance is Stance.UNKNOWN, Action.WAIT),
     Row("halted", lambda facts, offer: offer.phase in ("FAILED", "ABORTED"), Action.CLOSE),
-    Row("missed it", lambda facts, offer: offer.phase == "COMPLETED" and facts.stance is not Stance.JOINED, Action.CLOSE),
+    Row("missed it", lambda facts, offer: offer.phase == "COMPLETED" and not _takes_part(facts), Action.CLOSE),
     Row("snapshot", lambda facts, offer: not facts.has_snapshot, Action.SNAPSHOT),
     Row("initialize", lambda facts, offer: facts.model_round < 0, Action.INITIALIZE),
     Row("join", lambda facts, offer: facts.stance is Stance.ACCEPTED, Action.JOIN),

@@ -43,10 +43,11 @@ def check_ctx(known: Known, facts: pb.Round, roster_digest: bytes) -> bytes:
     """ctx of the attempt, computed here. Raises MessageError that names the first fact on which the aggregator differs."""
     if facts.protocol != known.plan.protocol:
         raise VersionError(f"the round speaks protocol {facts.protocol}, its plan {known.plan.protocol}")
-    if facts.round >= known.epoch.first_round + EPOCH_ROUNDS or known.epoch.roster_digest != roster_digest:
+    first = known.epoch.first_round
+    if not first <= facts.round < first + EPOCH_ROUNDS or known.epoch.roster_digest != roster_digest:
         raise MessageError(
-            f"round {facts.round}, attempt {facts.attempt} is offered under key epoch {known.epoch.number}, which ended: at the "
-            f"latest after {EPOCH_ROUNDS} rounds or with another roster a new one is due; nothing is sent"
+            f"round {facts.round}, attempt {facts.attempt} is offered under key epoch {known.epoch.number}, which serves one "
+            f"roster from round {first} on, {EPOCH_ROUNDS} rounds at most: a new key epoch is due; nothing is sent"
         )
     ours = {
         "federation": known.federation,

@@ -98,6 +98,11 @@ def opened(signed: pb.Signed, kind: type[Body], ctx: bytes, identity: bytes) -> 
     if not hmac.compare_digest(signed.ctx, ctx):
         raise MessageError(f"the {signed.message} of {signed.silo} was made for another run, round or attempt")
     check_signature(signed, identity)
+    return claimed(signed, kind)
+
+
+def claimed(signed: pb.Signed, kind: type[Body]) -> Body:
+    """What a statement claims, before anything about it was checked. Raises MessageError."""
     try:
         return kind.FromString(signed.body)
     except DecodeError:

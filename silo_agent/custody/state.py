@@ -45,7 +45,6 @@ CREATE TABLE IF NOT EXISTS runs (
     statement BLOB,                              -- the signed Join, exactly as sent
     model_round INTEGER NOT NULL DEFAULT -1,     -- newest global model: -1 none, 0 the initial one
     halt BLOB,                                   -- the signed Halt, exactly as sent: a sum failed the check
-    halted INTEGER NOT NULL DEFAULT 0 CHECK (halted IN (0, 1)),  -- acknowledged by the aggregator
     CHECK ((stance IN ('refusing', 'refused')) = (code IS NOT NULL))
 ) STRICT;
 
@@ -136,6 +135,8 @@ class State:
             self._db.execute("PRAGMA foreign_keys = ON")
             self._db.execute("PRAGMA secure_delete = ON")
             self._db.executescript(SCHEMA + audit.SCHEMA)
+            if audit_key is not None:
+                self._wipe()
         except OSError as error:
             raise StorageError(f"the silo's database cannot be opened: {error.strerror}") from None
         except sqlite3.Error as error:
@@ -157,6 +158,11 @@ class State:
                 self._db.execute("COMMIT")
             except sqlite3.Error as error:
                 raise _storage(error) from None
+
+    def _wipe(self) -> None:
+        """Empty the write-ahead log, which holds pages as they were: destroyed keys too. A reader beside us delays that until the
+        next time, a kill until the next start."""
+        self._one("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _record(self, db: sqlite3.Connection, kind: str, body: dict[str, Any]) -> None:
         if self._audit_key is None:
@@ -255,7 +261,7 @@ class State:
             evaluated_round=_or(newest("models", "round", "metrics IS NOT NULL"), -1),
             reported_round=_or(newest("models", "round", "reported = 1"), 0),
             epoch=_or(newest("epochs", "number", "told = 1"), 0),
-            halting=row["halt"] is not None and not row["halted"],
+            halting=row["halt"] is not None,
             event_round=_or(newest("events", "round"), 0),
             update_round=_or(newest("events", "round", "update_digest IS NOT NULL"), 0),
             encoded=attempt("TRUE"),
@@ -294,6 +300,8 @@ class State:
                 db.execute("UPDATE events SET random_key = NULL WHERE run = ?", (run,))
                 db.execute("UPDATE epochs SET secrets = NULL WHERE run = ?", (run,))
             self._record(db, stance.value, {"run": run})
+        if stance is Stance.CLOSED:
+            self._wipe()
 
     def keep_statement(self, run: str, statement: bytes) -> None:
         """The Join, before it is sent: a restart resends the same bytes."""
@@ -322,6 +330,7 @@ class State:
         with self._transaction() as db:
             db.execute("UPDATE epochs SET told = 1 WHERE run = ? AND number = ?", (run, number))
             self._retire_keys(db, run)
+        self._wipe()
 
     def _retire_keys(self, db: sqlite3.Connection, run: str) -> None:
         db.execute(
@@ -336,10 +345,7 @@ class State:
             db.execute("UPDATE epochs SET secrets = NULL WHERE run = ?", (run,))
             db.execute("UPDATE runs SET halt = ? WHERE run = ? AND halt IS NULL", (statement, run))
             self._record(db, "halt", {"run": run, "reason": reason})
-
-    def halted(self, run: str) -> None:
-        with self._transaction() as db:
-            db.execute("UPDATE runs SET halted = 1 WHERE run = ?", (run,))
+        self._wipe()
 
     # --- models ----------------------------------------------------------------------------------------------------------------
 
@@ -355,6 +361,7 @@ class State:
             db.execute("UPDATE runs SET model_round = ? WHERE run = ?", (round_, run))
             self._retire_keys(db, run)
             self._record(db, "model", {"run": run, "round": round_, "mac": model["mac"].hex(), "silos": u3})
+        self._wipe()
 
     def needed(self, run: str) -> set[str]:
         """Hex digests of what a later step may still ask for: each run's newest model, this run's update and uploads of the round
