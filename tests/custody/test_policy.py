@@ -22,32 +22,26 @@ def test_strict_yaml_is_what_holds_without_a_policy():
 def test_the_strict_default_gives_nothing_away():
     policy = Policy()
     assert (policy.min_silos, policy.release, policy.metrics) == (3, ("silos-only",), "cohort")
-    assert not (policy.allow_clear or policy.allow_seeded_noise or policy.allow_two_silo_sum)
+    assert not (policy.allow_seeded_noise or policy.allow_two_silo_sum)
 
 
 def test_the_sandbox_takes_the_demos_kind_of_plan():
     judge(load_policy(POLICIES / "sandbox.yaml"), tiny(release="registry"))
 
 
-def test_a_clear_sum_is_refused_by_default():
-    with pytest.raises(PolicyRefusal, match=r"allow_clear is false; the plan says aggregation.encryption: none.*allow_clear: true"):
-        judge(Policy(), tiny())
-    judge(Policy(allow_clear=True), tiny())
-
-
-def taking(**keys):
-    return Policy(allow_clear=True, **keys)
+def test_an_encrypted_sum_is_taken_by_default():
+    judge(Policy(), tiny())
 
 
 @pytest.mark.parametrize(
     ("policy", "plan", "told"),
     [
-        (taking(tasks=("classification",)), tiny(), "tasks allows classification; the plan says task: segmentation"),
-        (taking(tasks=()), tiny(), "tasks allows none"),
-        (taking(networks=("ResNet18",)), tiny(), "networks allows ResNet18; the plan says model.network: UNet"),
-        (taking(), tiny(release="registry"), "release allows silos-only; the plan says release: registry"),
-        (taking(min_silos=5), tiny({"min_silos": 4}), "min_silos is 5; the plan says aggregation.min_silos: 4"),
-        (taking(), tiny({"min_silos": 2}), "min_silos is 3; the plan says aggregation.min_silos: 2"),
+        (Policy(tasks=("classification",)), tiny(), "tasks allows classification; the plan says task: segmentation"),
+        (Policy(tasks=()), tiny(), "tasks allows none"),
+        (Policy(networks=("ResNet18",)), tiny(), "networks allows ResNet18; the plan says model.network: UNet"),
+        (Policy(), tiny(release="registry"), "release allows silos-only; the plan says release: registry"),
+        (Policy(min_silos=5), tiny({"min_silos": 4}), "min_silos is 5; the plan says aggregation.min_silos: 4"),
+        (Policy(), tiny({"min_silos": 2}), "min_silos is 3; the plan says aggregation.min_silos: 2"),
     ],
 )
 def test_a_refusal_names_the_line_the_value_and_the_way_out(policy, plan, told):
@@ -60,21 +54,21 @@ def test_a_refusal_names_the_line_the_value_and_the_way_out(policy, plan, told):
 def test_every_reason_is_told_at_once():
     with pytest.raises(PolicyRefusal) as caught:
         judge(Policy(tasks=()), tiny({"min_silos": 2}, release="registry"))
-    assert [line.split()[1] for line in str(caught.value).splitlines()] == ["tasks", "release", "min_silos", "allow_clear"]
+    assert [line.split()[1] for line in str(caught.value).splitlines()] == ["tasks", "release", "min_silos"]
 
 
 def test_a_sum_of_two_needs_a_second_key():
     with pytest.raises(SettingsError, match="min_silos: 2 needs allow_two_silo_sum: true"):
         parse_policy(b"min_silos: 2")
-    judge(parse_policy(b"{min_silos: 2, allow_two_silo_sum: true, allow_clear: true}"), tiny({"min_silos": 2}))
+    judge(parse_policy(b"{min_silos: 2, allow_two_silo_sum: true}"), tiny({"min_silos": 2}))
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (b"allow_claer: true", "allow_claer: unknown key"),
-        (b"allow_clear: 'yes'", "allow_clear: "),
-        (b"allow_clear: 1", "allow_clear: "),
+        (b"allow_clear: true", "allow_clear: unknown key"),  # of a policy older than encryption
+        (b"allow_seeded_noise: 'yes'", "allow_seeded_noise: "),
+        (b"allow_seeded_noise: 1", "allow_seeded_noise: "),
         (b"tasks: [regression]", "tasks.0: "),
         (b"min_silos: 1", "min_silos: "),
         (b"metrics: all", "metrics: "),

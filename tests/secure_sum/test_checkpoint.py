@@ -19,10 +19,10 @@ from silo_agent.secure_sum.epoch import Epoch, EpochKeys
 from silo_agent.secure_sum.global_model import GlobalModel, model_mac
 from silo_agent.secure_sum.packing import Exponents, bounds_digest
 from wardround.errors import IntegrityError
-from wardround.layout import Array, Layout
+from wardround.layout import Array, Layout, checkpoint_bytes
 from wardround.plan import Server
 
-KEYS = EpochKeys(Epoch("neuro", "run-1", 3, b"r" * 32, b"h" * 32), b"s" * 32, b"HE secret key")
+KEYS = EpochKeys(Epoch("neuro", "run-1", 3, b"r" * 32, b"h" * 32), b"s" * 32, b"d" * 32, b"HE secret key")
 LAYOUT = Layout((Array("a", (500, 300)), Array("b", (1000,))))  # 2,416,004 bytes inside: two whole pieces and a part of one
 SEALED_PIECE = 2**20 + 16
 DOES_NOT_OPEN = "does not open at its piece"
@@ -85,7 +85,7 @@ def test_a_state_of_any_size_comes_back_to_the_bit(num_parameters: int) -> None:
     model, bounds = trained(layout), (-60, 60, 0, 1, 2, 3, 4, 5)
     data = write_checkpoint(2, model, bounds, layout, KEYS)
     num_pieces = -(-(16 * num_parameters + 16) // 2**20)
-    assert len(data) == 32 + 16 * num_parameters + 16 + 16 * num_pieces
+    assert len(data) == checkpoint_bytes(layout) == 32 + 16 * num_parameters + 16 + 16 * num_pieces
     reported = Reported(2, model_mac(KEYS.digest_key, layout, model.parameters), bounds_digest(bounds))
     read, read_bounds = read_checkpoint(data, reported, layout, KEYS)
     assert same(read, model) and read_bounds == bounds
