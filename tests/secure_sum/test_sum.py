@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 
-from silo_agent.secure_sum.check import PRIME, checked_sum, control_chunk, linear_check, upload_bytes
+from silo_agent.secure_sum.check import PRIME, checked_sum, control_chunk, linear_check, upload_coefficients
+from silo_agent.secure_sum.encryption import decrypt, encrypt, new_secret_key
 from silo_agent.secure_sum.global_model import GlobalModel, model_mac
 from silo_agent.secure_sum.packing import derive, encode, keystream, words
-from wardround.chunks import ControlMap, clear_bytes, clear_coefficients, gate
+from wardround.chunks import ControlMap, num_chunks
+from wardround.ciphertexts import check_upload, sum_chunks
 from wardround.errors import IntegrityError, MessageError
+from wardround.he import HeParameters, he_parameters
 from wardround.layout import Array, Layout
 from wardround.plan import Server
 
@@ -16,11 +19,15 @@ CONTROL = ControlMap(2, ("dice", "hd95_mm"))
 CTX, SECRET = b"c" * 32, bytes(32)
 DECLARED = [100, 50, 200]
 CAP = 200
+HE = he_parameters(max_silos=32, bits=16)
 
 
-def upload(silo: int, update: np.ndarray, metrics: dict[str, float] | None = None, ctx: bytes = CTX) -> bytes:
-    encoded = encode(update, LAYOUT, (0, 0), DECLARED[silo] / CAP, bytes([silo]) * 32)
-    return upload_bytes(control_chunk(CONTROL, DECLARED[silo], encoded, metrics, ctx, SECRET), encoded)
+def upload(
+    silo: int, update: np.ndarray, metrics: dict[str, float] | None = None, ctx: bytes = CTX, he: HeParameters = HE
+) -> np.ndarray:
+    """What a silo encrypts: uint64 [num_chunks, 4096]."""
+    encoded = encode(update, LAYOUT, (0, 0), DECLARED[silo] / CAP, bytes([silo]) * 32, he)
+    return upload_coefficients(control_chunk(CONTROL, DECLARED[silo], encoded, metrics, ctx, SECRET, he), encoded, he)
 
 
 def updates() -> list[np.ndarray]:
@@ -28,29 +35,43 @@ def updates() -> list[np.ndarray]:
     return [generator.normal(0, 0.2, LAYOUT.num_parameters).astype(np.float32) for _ in DECLARED]
 
 
-def add(contents: list[bytes]) -> np.ndarray:
-    return sum((clear_coefficients(content, LAYOUT) for content in contents), np.zeros(1, np.uint64))
+def add(contents: list[np.ndarray]) -> np.ndarray:
+    return np.sum(contents, axis=0, dtype=np.uint64)
 
 
-def honest() -> list[bytes]:
+def honest(he: HeParameters = HE) -> list[np.ndarray]:
     measured = [{"dice": 0.5, "hd95_mm": 4.0}, None, {"dice": 0.7, "hd95_mm": 5.0}]
-    return [upload(silo, update, metrics) for silo, (update, metrics) in enumerate(zip(updates(), measured, strict=True))]
+    return [upload(silo, update, metrics, he=he) for silo, (update, metrics) in enumerate(zip(updates(), measured, strict=True))]
 
 
-def test_the_sum_is_the_weighted_mean_within_half_a_step() -> None:
-    total = checked_sum(add(honest()), LAYOUT, CONTROL, DECLARED, CTX, SECRET)
+@pytest.mark.parametrize("he", [HE, he_parameters(1000, 12)], ids=["16 bits", "12 bits"])
+def test_the_sum_is_the_weighted_mean_within_a_step_of_each_silo(he: HeParameters) -> None:
+    total = checked_sum(add(honest(he)), LAYOUT, CONTROL, DECLARED, CTX, SECRET, he)
     model = GlobalModel.initial(bytes(LAYOUT.num_bytes), LAYOUT)
     stepped = model.stepped(total, LAYOUT, (0, 0), CAP, DECLARED, Server())
     expected = sum(d * np.clip(u, -CAP / d, CAP / d) for d, u in zip(DECLARED, updates(), strict=True)) / sum(DECLARED)
-    step = CAP / 32767 / sum(DECLARED)  # one quantisation step of one silo, in units of the mean
+    step = CAP / he.zero_code / sum(DECLARED)  # one quantisation step of one silo, in units of the mean
     assert np.abs(stepped.theta - expected).max() <= len(DECLARED) * step
     assert total.means == {"dice": 0.6, "hd95_mm": 4.5}  # over the two silos that measured
 
 
-def test_every_upload_passes_the_gate_and_has_the_size_it_must() -> None:
-    for silo, content in enumerate(honest()):
-        assert len(content) == clear_bytes(LAYOUT)
-        gate(content, LAYOUT, DECLARED[silo])
+def test_an_encrypted_sum_is_the_same_numbers() -> None:
+    key, contents = new_secret_key(HE), honest()
+    uploads = [encrypt(HE, key, coefficients) for coefficients in contents]
+    for content in uploads:
+        check_upload(HE, content)
+        assert len(content) == HE.upload_bytes(LAYOUT) == num_chunks(LAYOUT) * HE.upload_chunk_bytes
+    size = HE.upload_chunk_bytes
+    blob = b"".join(sum_chunks(HE, [content[at : at + size] for content in uploads]) for at in range(0, len(uploads[0]), size))
+    assert len(blob) == HE.sum_bytes(LAYOUT) and (decrypt(HE, key, blob) == add(contents)).all()
+    checked_sum(decrypt(HE, key, blob), LAYOUT, CONTROL, DECLARED, CTX, SECRET)
+
+
+def test_a_sum_under_another_key_is_noticed() -> None:
+    key, other = new_secret_key(HE), new_secret_key(HE)
+    uploads = [encrypt(HE, other if silo == 1 else key, coefficients[:1]) for silo, coefficients in enumerate(honest())]
+    with pytest.raises(IntegrityError):
+        checked_sum(decrypt(HE, key, sum_chunks(HE, uploads)), None, ControlMap(0, ("dice", "hd95_mm")), DECLARED, CTX, SECRET)
 
 
 def test_a_doubled_fold_is_noticed() -> None:
@@ -61,7 +82,7 @@ def test_a_doubled_fold_is_noticed() -> None:
 
 def test_a_chunk_without_one_silo_is_noticed() -> None:
     total = add(honest())
-    total[1] -= clear_coefficients(honest()[1], LAYOUT)[1]
+    total[1] -= honest()[1][1]
     with pytest.raises(IntegrityError, match="linear check"):
         checked_sum(total, LAYOUT, CONTROL, DECLARED, CTX, SECRET)
 
@@ -101,34 +122,10 @@ def test_fields_no_honest_sum_can_hold_are_noticed() -> None:
 
 def test_the_closing_round_sums_metrics_only() -> None:
     control = ControlMap(0, ("dice", "hd95_mm"))
-    contents = [upload_bytes(control_chunk(control, d, None, {"dice": 0.25, "hd95_mm": 2.0}, CTX, SECRET), None) for d in DECLARED]
-    assert len(contents[0]) == clear_bytes(None)
-    total = sum((clear_coefficients(content, None) for content in contents), np.zeros(1, np.uint64))
-    assert checked_sum(total, None, control, DECLARED, CTX, SECRET).means == {"dice": 0.25, "hd95_mm": 2.0}
-
-
-@pytest.mark.parametrize("size", [0, clear_bytes(LAYOUT) - 1, clear_bytes(LAYOUT) + 1])
-def test_another_size_is_refused(size: int) -> None:
-    with pytest.raises(MessageError, match="bytes of chunks"):
-        gate(bytes(size), LAYOUT, 100)
-
-
-def test_the_gate_refuses_a_field_or_a_count_that_would_spoil_the_sum() -> None:
-    good = np.frombuffer(honest()[0], "<u8").reshape(-1, 4096)
-    for at, value, why in [
-        ((1, 0), 65535, "packed field"),
-        ((0, 0), 2, "count"),
-        ((0, 1), 101, "declared"),
-        ((0, 5), 2**37, "too large"),
-    ]:
-        bad = good.copy()
-        bad[at] = value
-        with pytest.raises(MessageError, match=why):
-            gate(bad.tobytes(), LAYOUT, 100)
-    hidden = good.copy()
-    hidden[1, 0] |= np.uint64(1 << 50)  # above both fields
-    with pytest.raises(MessageError, match="packed field"):
-        gate(hidden.tobytes(), LAYOUT, 100)
+    chunks = [control_chunk(control, d, None, {"dice": 0.25, "hd95_mm": 2.0}, CTX, SECRET) for d in DECLARED]
+    contents = [upload_coefficients(chunk, None) for chunk in chunks]
+    assert contents[0].shape == (num_chunks(None), 4096) == (1, 4096)
+    assert checked_sum(add(contents), None, control, DECLARED, CTX, SECRET).means == {"dice": 0.25, "hd95_mm": 2.0}
 
 
 @pytest.mark.parametrize("at", [*range(3, 10), 4095])

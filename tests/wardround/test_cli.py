@@ -49,17 +49,19 @@ def test_plan_validate_says_what_a_plan_costs(wardround, plan):
     assert (code, err) == (0, "")
     # By hand: down 1>4 (36+4+8), bottom 4>4 (144+4+8), up 8>3 (216+3): 423 parameters in 1 chunk behind the control chunk.
     assert facts["parameters"] == 423
-    assert facts["mb_up_per_round"] == facts["mb_down_per_round"] == 0.07  # 65,536 bytes
-    assert facts["mb_up_per_run"] == 0.16  # 2 rounds, and the closing one of one chunk
+    assert facts["mb_up_per_round"] == 0.06  # 2 chunks of 4,096 * 7 + 64 bytes
+    assert facts["mb_down_per_round"] == 0.11  # 2 chunks of 2 * 4,096 * 7 bytes
+    assert facts["mb_up_per_run"] == 0.14  # 2 rounds, and the closing one of one chunk
     assert (facts["rounds"], facts["rounds_with_closing"], facts["min_silos"]) == (2, 3, 3)
     assert facts["digest"].startswith("sha256:")
-    assert "the aggregator can read each hospital's update" in facts["notes"][0]
+    assert facts["notes"] == ["one hospital together with the aggregator could read every update; masks come next"]
 
 
 def test_plan_validate_for_people(wardround, plan):
     _, out, _ = wardround("plan", "validate", plan)
     assert "every silo beyond 3 may be absent from a round" in out
-    assert "in the clear: the aggregator can read" in out
+    assert "at most 32 can be in one" in out
+    assert "one hospital together with the aggregator could read every update" in out
 
 
 def test_a_bad_plan_is_one_line_and_exit_code_2(wardround, plan):

@@ -9,8 +9,10 @@ from wardround.messages import (
     MAX_BODY_BYTES,
     SILO_NAME,
     check_enroll_request,
+    claimed,
     cohort_digest,
     enroll_bytes,
+    epoch_ctx,
     opened,
     round_ctx,
     run_ctx,
@@ -111,8 +113,8 @@ FACTS = pb.Round(
     layout_digest=b"\2" * 32,
     bounds_digest=b"\3" * 32,
     he_digest=b"\4" * 32,
-    key_epoch=0,
-    epoch_commitment=bytes(32),
+    key_epoch=1,
+    epoch_commitment=b"\7" * 32,
     roster_digest=b"\5" * 32,
     previous_model_mac=b"\6" * 32,
     ctx=b"\7" * 32,
@@ -133,16 +135,32 @@ def test_ctx_covers_every_fact():
         changed = pb.Round()
         changed.CopyFrom(FACTS)
         changed.ClearField(field.name)
-        if field.name == "key_epoch":
-            changed.key_epoch = 1
-        elif field.name == "epoch_commitment":
-            changed.epoch_commitment = b"\1" * 32
         assert (round_ctx(changed, "r-1") == base) == (field.name in NOT_IN_CTX), field.name
 
 
 def test_run_ctx_and_cohort_digest():
     assert len({run_ctx("neuro", "r", bytes(32)), run_ctx("neur", "or", bytes(32)), run_ctx("neuro", "r", b"\1" * 32)}) == 3
     assert cohort_digest(CTX, ["b", "a"]) == cohort_digest(CTX, ["a", "b"]) != cohort_digest(CTX, ["a"])
+
+
+def test_epoch_ctx_covers_every_fact():
+    facts = {
+        "federation": "neuro", "run": "r-1", "plan_digest": b"\1" * 32, "number": 2, "roster_digest": b"\2" * 32,
+        "he_digest": b"\3" * 32,
+    }  # fmt: skip
+    changes = [
+        {}, {"federation": "neur", "run": "or-1"}, {"run": "r-2"}, {"plan_digest": b"\4" * 32}, {"number": 3},
+        {"roster_digest": b"\4" * 32}, {"he_digest": b"\4" * 32}, {"roster_digest": b"\3" * 32, "he_digest": b"\2" * 32},
+    ]  # fmt: skip
+    ctxs = {epoch_ctx(**facts | change) for change in changes}
+    assert len(ctxs) == len(changes) and {len(ctx) for ctx in ctxs} == {32}
+    assert run_ctx("neuro", "r-1", b"\1" * 32) not in ctxs
+
+
+def test_what_a_statement_claims_is_read_without_belief():
+    assert claimed(signed(signature=b""), pb.ModelReport) == REPORT
+    with pytest.raises(MessageError, match="model-report of leuven does not parse"):
+        claimed(signed(body=b"\x0a\xff"), pb.ModelReport)
 
 
 @pytest.mark.parametrize("name", ["", "A", "-a", "a-", "a" * 41, "a.b", "a/b", "ä"])

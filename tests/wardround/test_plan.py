@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.plans import TINY
+from tests.support.plans import TINY, tiny
 from wardround.errors import PlanError
+from wardround.he import he_parameters
 from wardround.plan import MAX_PLAN_BYTES, load_plan, parse_plan
 
 PLANS = sorted((Path(__file__).parents[2] / "configs" / "plans").glob("*.yaml"))
@@ -69,14 +70,32 @@ def test_the_digest_is_of_the_value_not_the_text():
         ("training.optimizer.momentum", 1.0, "training.optimizer.momentum: "),
         ("training.optimizer.name", "__import__('os')", "training.optimizer.name: "),
         ("aggregation.min_silos", 1, "aggregation.min_silos: "),
-        ("aggregation.min_silos", 33, "aggregation.min_silos: "),
+        ("aggregation.min_silos", 33, "33 silos do not fit the packing, which holds 32"),
+        ("aggregation.max_silos", 16, "aggregation.max_silos: "),
+        ("aggregation.max_silos", 1000, "1000 silos x 16 bits is none of them"),
+        ("aggregation.bits", 12, "32 silos x 12 bits is none of them"),
+        ("aggregation.bits", 8, "aggregation.bits: "),
         ("aggregation.encryption", "ckks", "aggregation.encryption: "),
+        ("aggregation.encryption", "none", "aggregation.encryption: "),
+        ("aggregation.masking", "pairwise", "aggregation.masking: "),
         ("release", "public", "release: "),
     ],
 )
 def test_a_plan_that_does_not_hold_names_the_key(path, value, told):
     with pytest.raises(PlanError, match=told):
         parse_plan(changed(path, value))
+
+
+@pytest.mark.parametrize(("max_silos", "bits"), [(32, 16), (64, 16), (128, 16), (1000, 12)])
+def test_a_plan_has_room_for_as_many_silos_as_its_row_holds(max_silos, bits):
+    plan = tiny({"max_silos": max_silos, "bits": bits, "min_silos": max_silos})
+    assert plan.aggregation.he == he_parameters(max_silos, bits)
+    with pytest.raises(PlanError, match=f"the packing, which holds {max_silos}|less than or equal to 1000"):
+        tiny({"max_silos": max_silos, "bits": bits, "min_silos": max_silos + 1})
+
+
+def test_the_row_is_32_silos_of_16_bits_where_nothing_is_said():
+    assert parse_plan(TINY.encode()).aggregation.he == he_parameters(32, 16)
 
 
 @pytest.mark.parametrize(
