@@ -17,17 +17,24 @@ from wardround.plan import Server
 LAYOUT = Layout((Array("a", (50, 100)), Array("b", (5000,))))
 CONTROL = ControlMap(2, ("dice", "hd95_mm"))
 CTX, SECRET = b"c" * 32, bytes(32)
-DECLARED = [100, 50, 200]
+DECLARED = {"charite": 100, "leuven": 50, "st-marys": 200}
+PATIENTS = list(DECLARED.values())
 CAP = 200
 HE = he_parameters(max_silos=32, bits=16)
 
 
 def upload(
-    silo: int, update: np.ndarray, metrics: dict[str, float] | None = None, ctx: bytes = CTX, he: HeParameters = HE
+    silo: str,
+    update: np.ndarray,
+    metrics: dict[str, float] | None = None,
+    ctx: bytes = CTX,
+    he: HeParameters = HE,
+    patients: int | None = None,
 ) -> np.ndarray:
     """What a silo encrypts: uint64 [num_chunks, 4096]."""
-    encoded = encode(update, LAYOUT, (0, 0), DECLARED[silo] / CAP, bytes([silo]) * 32, he)
-    return upload_coefficients(control_chunk(CONTROL, DECLARED[silo], encoded, metrics, ctx, SECRET, he), encoded, he)
+    declared = patients or DECLARED[silo]
+    encoded = encode(update, LAYOUT, (0, 0), declared / CAP, silo.ljust(32).encode(), he)
+    return upload_coefficients(control_chunk(CONTROL, silo, declared, encoded, metrics, ctx, SECRET, he), encoded, he)
 
 
 def updates() -> list[np.ndarray]:
@@ -41,16 +48,16 @@ def add(contents: list[np.ndarray]) -> np.ndarray:
 
 def honest(he: HeParameters = HE) -> list[np.ndarray]:
     measured = [{"dice": 0.5, "hd95_mm": 4.0}, None, {"dice": 0.7, "hd95_mm": 5.0}]
-    return [upload(silo, update, metrics, he=he) for silo, (update, metrics) in enumerate(zip(updates(), measured, strict=True))]
+    return [upload(silo, update, metrics, he=he) for silo, update, metrics in zip(DECLARED, updates(), measured, strict=True)]
 
 
 @pytest.mark.parametrize("he", [HE, he_parameters(1000, 12)], ids=["16 bits", "12 bits"])
 def test_the_sum_is_the_weighted_mean_within_a_step_of_each_silo(he: HeParameters) -> None:
     total = checked_sum(add(honest(he)), LAYOUT, CONTROL, DECLARED, CTX, SECRET, he)
     model = GlobalModel.initial(bytes(LAYOUT.num_bytes), LAYOUT)
-    stepped = model.stepped(total, LAYOUT, (0, 0), CAP, DECLARED, Server())
-    expected = sum(d * np.clip(u, -CAP / d, CAP / d) for d, u in zip(DECLARED, updates(), strict=True)) / sum(DECLARED)
-    step = CAP / he.zero_code / sum(DECLARED)  # one quantisation step of one silo, in units of the mean
+    stepped = model.stepped(total, LAYOUT, (0, 0), CAP, PATIENTS, Server())
+    expected = sum(d * np.clip(u, -CAP / d, CAP / d) for d, u in zip(PATIENTS, updates(), strict=True)) / sum(PATIENTS)
+    step = CAP / he.zero_code / sum(PATIENTS)  # one quantisation step of one silo, in units of the mean
     assert np.abs(stepped.theta - expected).max() <= len(DECLARED) * step
     assert total.means == {"dice": 0.6, "hd95_mm": 4.5}  # over the two silos that measured
 
@@ -69,7 +76,7 @@ def test_an_encrypted_sum_is_the_same_numbers() -> None:
 
 def test_a_sum_under_another_key_is_noticed() -> None:
     key, other = new_secret_key(HE), new_secret_key(HE)
-    uploads = [encrypt(HE, other if silo == 1 else key, coefficients[:1]) for silo, coefficients in enumerate(honest())]
+    uploads = [encrypt(HE, other if index == 1 else key, coefficients[:1]) for index, coefficients in enumerate(honest())]
     with pytest.raises(IntegrityError):
         checked_sum(decrypt(HE, key, sum_chunks(HE, uploads)), None, ControlMap(0, ("dice", "hd95_mm")), DECLARED, CTX, SECRET)
 
@@ -85,6 +92,17 @@ def test_a_chunk_without_one_silo_is_noticed() -> None:
     total[1] -= honest()[1][1]
     with pytest.raises(IntegrityError, match="linear check"):
         checked_sum(total, LAYOUT, CONTROL, DECLARED, CTX, SECRET)
+
+
+@pytest.mark.parametrize("left_out", ["leuven", "st-marys"])
+def test_one_silo_twice_in_place_of_another_is_noticed(left_out: str) -> None:
+    """Count, patients and every check add up as if they were different silos."""
+    alike = dict.fromkeys(DECLARED, 100)
+    contents = {silo: upload(silo, update, patients=100) for silo, update in zip(alike, updates(), strict=True)}
+    checked_sum(add(list(contents.values())), LAYOUT, CONTROL, alike, CTX, SECRET)
+    contents[left_out] = contents["charite"]
+    with pytest.raises(IntegrityError, match="linear check"):
+        checked_sum(add(list(contents.values())), LAYOUT, CONTROL, alike, CTX, SECRET)
 
 
 def test_swapped_chunks_are_noticed() -> None:
@@ -103,14 +121,14 @@ def test_a_shift_by_one_is_noticed() -> None:
 
 def test_an_upload_made_for_another_attempt_is_noticed() -> None:
     contents = honest()
-    contents[0] = upload(0, updates()[0], ctx=b"d" * 32)
+    contents[0] = upload("charite", updates()[0], ctx=b"d" * 32)
     with pytest.raises(IntegrityError, match="linear check"):
         checked_sum(add(contents), LAYOUT, CONTROL, DECLARED, CTX, SECRET)
 
 
 def test_other_declared_patients_are_noticed() -> None:
     with pytest.raises(IntegrityError, match="350 declared patients"):
-        checked_sum(add(honest()), LAYOUT, CONTROL, [100, 60, 200], CTX, SECRET)
+        checked_sum(add(honest()), LAYOUT, CONTROL, DECLARED | {"leuven": 60}, CTX, SECRET)
 
 
 def test_fields_no_honest_sum_can_hold_are_noticed() -> None:
@@ -122,7 +140,7 @@ def test_fields_no_honest_sum_can_hold_are_noticed() -> None:
 
 def test_the_closing_round_sums_metrics_only() -> None:
     control = ControlMap(0, ("dice", "hd95_mm"))
-    chunks = [control_chunk(control, d, None, {"dice": 0.25, "hd95_mm": 2.0}, CTX, SECRET) for d in DECLARED]
+    chunks = [control_chunk(control, silo, d, None, {"dice": 0.25, "hd95_mm": 2.0}, CTX, SECRET) for silo, d in DECLARED.items()]
     contents = [upload_coefficients(chunk, None) for chunk in chunks]
     assert contents[0].shape == (num_chunks(None), 4096) == (1, 4096)
     assert checked_sum(add(contents), None, control, DECLARED, CTX, SECRET).means == {"dice": 0.25, "hd95_mm": 2.0}
@@ -138,7 +156,7 @@ def test_a_shifted_control_integer_is_noticed(at: int) -> None:
 
 def test_a_shifted_metric_is_noticed_in_the_closing_round() -> None:
     control = ControlMap(0, ("dice",))
-    total = sum(control_chunk(control, d, None, {"dice": 0.25}, CTX, SECRET) for d in DECLARED)
+    total = sum(control_chunk(control, silo, d, None, {"dice": 0.25}, CTX, SECRET) for silo, d in DECLARED.items())
     total[0, 4] += np.uint64(1)
     with pytest.raises(IntegrityError, match="linear check"):
         checked_sum(total, None, control, DECLARED, CTX, SECRET)
@@ -187,10 +205,10 @@ def test_the_largest_fields_do_not_overflow_the_check(monkeypatch: pytest.Monkey
 def test_server_momentum_by_hand_and_a_model_survives_its_file() -> None:
     total = checked_sum(add(honest()), LAYOUT, CONTROL, DECLARED, CTX, SECRET)
     zero = GlobalModel.initial(bytes(LAYOUT.num_bytes), LAYOUT)
-    plain = zero.stepped(total, LAYOUT, (0, 0), CAP, DECLARED, Server())
-    twice = zero.stepped(total, LAYOUT, (0, 0), CAP, DECLARED, Server(learning_rate=0.5, momentum=0.9))
+    plain = zero.stepped(total, LAYOUT, (0, 0), CAP, PATIENTS, Server())
+    twice = zero.stepped(total, LAYOUT, (0, 0), CAP, PATIENTS, Server(learning_rate=0.5, momentum=0.9))
     again = GlobalModel.load(twice.dump(), LAYOUT).stepped(
-        total, LAYOUT, (0, 0), CAP, DECLARED, Server(learning_rate=0.5, momentum=0.9)
+        total, LAYOUT, (0, 0), CAP, PATIENTS, Server(learning_rate=0.5, momentum=0.9)
     )
     assert (twice.theta == 0.5 * plain.theta).all()
     assert np.allclose(again.theta, 0.5 * plain.theta + 0.5 * 1.9 * plain.theta, rtol=1e-12)

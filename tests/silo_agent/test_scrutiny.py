@@ -6,19 +6,19 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from silo_agent.scrutiny import Known, check_ctx, check_joins, check_reports, check_uploads, make_seal
+from silo_agent.scrutiny import KeyEpoch, Known, check_ctx, check_joins, check_reports, check_restorable, check_uploads, make_seal
 from tests.support.plans import tiny
-from wardround.chunks import CLEAR_HE_DIGEST
 from wardround.errors import IdentityError, IntegrityError, MessageError, VersionError
-from wardround.messages import NO_EPOCH, round_ctx, run_ctx, sign
+from wardround.messages import EPOCH_ROUNDS, round_ctx, run_ctx, sign
 from wardround.pb import federation_pb2 as pb
 
 SILOS = ["charite", "leuven", "st-marys"]
 KEYS = {silo: Ed25519PrivateKey.generate() for silo in SILOS}
 IDENTITIES = {silo: key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw) for silo, key in KEYS.items()}
 PLAN = tiny()
-KNOWN = Known("leuven", "neuro", "run-1", PLAN, b"l" * 32, b"b" * 32, b"m" * 32)
 ROSTER = b"r" * 32
+EPOCH = KeyEpoch(number=2, commitment=b"c" * 32, roster_digest=ROSTER, first_round=1)
+KNOWN = Known("leuven", "neuro", "run-1", PLAN, b"l" * 32, b"b" * 32, b"m" * 32, EPOCH)
 
 
 def round_facts(**changes: object) -> pb.Round:
@@ -30,9 +30,9 @@ def round_facts(**changes: object) -> pb.Round:
         plan_digest=PLAN.digest,
         layout_digest=KNOWN.layout_digest,
         bounds_digest=KNOWN.bounds_digest,
-        he_digest=CLEAR_HE_DIGEST,
-        key_epoch=0,
-        epoch_commitment=NO_EPOCH,
+        he_digest=PLAN.aggregation.he.digest,
+        key_epoch=EPOCH.number,
+        epoch_commitment=EPOCH.commitment,
         roster_digest=ROSTER,
         previous_model_mac=KNOWN.model_mac,
         cohort=SILOS,
@@ -65,7 +65,7 @@ def headers() -> list[pb.Signed]:
 def test_an_honest_offer_passes() -> None:
     assert check_ctx(KNOWN, FACTS, ROSTER) == CTX
     sealable = check_uploads(KNOWN, FACTS, CTX, reversed(headers()), IDENTITIES)
-    assert list(sealable.headers) == SILOS and sealable.declared == [100] * 3 and sealable.cap == 200
+    assert list(sealable.headers) == SILOS and sealable.declared == dict.fromkeys(SILOS, 100) and sealable.cap == 200
     seal = make_seal(KNOWN, FACTS, CTX, sealable, b"leuven" * 4)
     assert list(seal.u3) == SILOS and len(seal.content_digests) == 3
 
@@ -84,12 +84,36 @@ def test_another_federation_epoch_protocol_or_ctx_is_refused() -> None:
         check_ctx(KNOWN, round_facts(federation="other"), ROSTER)
     with pytest.raises(MessageError, match="key_epoch"):
         check_ctx(KNOWN, round_facts(key_epoch=1), ROSTER)
+    with pytest.raises(MessageError, match="key_epoch"):
+        check_ctx(KNOWN, round_facts(key_epoch=3), ROSTER)
     with pytest.raises(VersionError):
         check_ctx(KNOWN, round_facts(protocol=2), ROSTER)
     forged = round_facts()
     forged.ctx = b"f" * 32
     with pytest.raises(MessageError, match="ctx is not"):
         check_ctx(KNOWN, forged, ROSTER)
+
+
+@pytest.mark.parametrize(("round_", "ended"), [(6, True), (7, False), (106, False), (107, True)])
+def test_a_key_epoch_serves_a_hundred_rounds_from_its_first(round_: int, ended: bool) -> None:
+    known, facts = dataclasses.replace(KNOWN, epoch=dataclasses.replace(EPOCH, first_round=7)), round_facts(round=round_)
+    assert EPOCH_ROUNDS == 100
+    if not ended:
+        assert check_ctx(known, facts, ROSTER) == facts.ctx
+        return
+    with pytest.raises(MessageError) as caught:
+        check_ctx(known, facts, ROSTER)
+    assert str(caught.value) == (
+        f"round {round_}, attempt 1 is offered under key epoch 2, which serves one roster from round 7 on, 100 rounds at most: "
+        "a new key epoch is due; nothing is sent"
+    )
+
+
+def test_a_key_epoch_serves_one_roster() -> None:
+    """Although the aggregator's facts and this silo's newest roster agree."""
+    other = b"s" * 32
+    with pytest.raises(MessageError, match=r"under key epoch 2, which serves one roster .* a new key epoch is due"):
+        check_ctx(KNOWN, round_facts(roster_digest=other), other)
 
 
 def test_ctx_depends_on_run_round_and_attempt() -> None:
@@ -164,3 +188,50 @@ def test_a_report_of_another_model_halts() -> None:
     check_reports(KNOWN, FACTS, CTX, [same], IDENTITIES, b"n" * 32)
     with pytest.raises(IntegrityError, match="charite reports another model"):
         check_reports(KNOWN, FACTS, CTX, [same], IDENTITIES, b"o" * 32)
+
+
+def report(silo: str, ctx: bytes = CTX, key: Ed25519PrivateKey | None = None, **changes: object) -> pb.Signed:
+    facts = {"round": 1, "model_mac": b"n" * 32, "bounds_digest": b"o" * 32, "sum_digest": b"s" * 32}
+    return sign("model-report", ctx, pb.ModelReport(**facts | changes), silo, key or KEYS[silo])  # type: ignore[arg-type]
+
+
+def restorable(*reports: pb.Signed, num_uploads: int = 3, facts: pb.Round = FACTS) -> pb.ModelReport:
+    total = pb.Sum(facts=facts, uploads=[pb.Signed()] * num_uploads, reports=reports)
+    return check_restorable(KNOWN, total, IDENTITIES)
+
+
+def test_a_model_that_enough_silos_report_alike_can_be_restored() -> None:
+    assert restorable(*map(report, SILOS)).model_mac == b"n" * 32
+
+
+def test_too_few_reports_restore_nothing() -> None:
+    with pytest.raises(MessageError, match="reported by 2 silos, 3 are needed to restore it: it is asked for again"):
+        restorable(*map(report, SILOS[:2]))
+    with pytest.raises(MessageError, match="reported by 2 silos"):
+        restorable(*map(report, SILOS[:2]), report(SILOS[0], means={"dice": 0.5}))  # one silo's second report is no third silo
+    with pytest.raises(MessageError, match="reported by 3 silos, 4 are needed"):  # T = floor(2 * 5 / 3) + 1
+        restorable(*map(report, SILOS), num_uploads=5)
+
+
+@pytest.mark.parametrize("field", ["model_mac", "bounds_digest", "sum_digest"])
+def test_reports_that_differ_restore_nothing(field: str) -> None:
+    with pytest.raises(IntegrityError, match="the silos report different models of round 1: nothing is restored"):
+        restorable(*map(report, SILOS[:2]), report(SILOS[2], **{field: b"x" * 32}))
+
+
+def test_reports_that_are_not_the_silos_own_restore_nothing() -> None:
+    with pytest.raises(IdentityError, match="not signed by the identity key"):
+        restorable(*map(report, SILOS[:2]), report(SILOS[2], key=KEYS["charite"]))
+    with pytest.raises(MessageError, match="another run, round or attempt"):
+        restorable(*map(report, SILOS[:2]), report(SILOS[2], ctx=round_facts(attempt=2).ctx))
+
+
+@pytest.mark.parametrize("change", [{"federation": "onco"}, {"plan_digest": b"x" * 32}])
+def test_a_checkpoint_of_another_run_restores_nothing(change: dict[str, object]) -> None:
+    facts = round_facts(**change)
+    with pytest.raises(MessageError, match="the checkpoint of round 1 is of another run"):
+        restorable(*(report(silo, ctx=facts.ctx) for silo in SILOS), facts=facts)
+    moved = round_facts()
+    moved.round = 2  # under the ctx of round 1, which the reports are signed for
+    with pytest.raises(MessageError, match="the checkpoint of round 2 is of another run"):
+        restorable(*map(report, SILOS), facts=moved)
