@@ -34,6 +34,7 @@ from wardround import PROTOCOL, PROTOCOL_OLDEST, VERSION
 from wardround.canonical import canonical_json, frame, sha256
 from wardround.chunks import num_chunks
 from wardround.errors import Disconnected, IntegrityError, MessageError, StorageError, WardroundError
+from wardround.layout import checkpoint_bytes
 from wardround.messages import claimed, run_ctx, sign, statement_digest
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import parse_plan
@@ -41,6 +42,7 @@ from wardround.plan import parse_plan
 MIN_VALIDATION_PATIENTS = 10  # below it a silo adds nothing to the cohort's metrics: a mean over few patients says too much
 HELPER_CHECK_S = 1.0
 MAX_REASON_CHARS = 500  # of a Refusal; the aggregator takes one line of at most that
+SUM_REFUSED = "the published sum failed the check; the agent's log says how"
 SEEDED_NOTE = "randomness came from a seed: reproducible, not private"
 
 
@@ -264,7 +266,7 @@ class Agent:
         assert row is not None  # noqa: S101 - the table: its keys are held
         keys = self.keyring.keys(run, row["number"])
         report = scrutiny.check_restorable(self._known(run, row["number"]), total, self._members(total.facts.roster_version)[1])
-        blob = self.membership.dial().fetch(total.digest, total.num_bytes, self.spool)
+        blob = self._fetch(total, checkpoint_bytes(run.layout))
         reported = Reported(total.facts.round, report.model_mac, report.bounds_digest)
         model, exponents = read_checkpoint(blob, reported, run.layout, keys)
         sources = {"ctx": total.facts.ctx, "sum_digest": report.sum_digest, "means": json.dumps(dict(report.means)), "reported": 1}
@@ -315,7 +317,9 @@ class Agent:
             encoded = encode(update, run.layout, exponents_of(model), weight, rounding, run.he)
         metrics = json.loads(model["metrics"]) if (model["num_validation"] or 0) >= MIN_VALIDATION_PATIENTS else None
         keys = self.keyring.keys(run, facts.key_epoch)
-        control = control_chunk(run.control(facts.round), declared[self.silo], encoded, metrics, ctx, keys.secret, run.he)
+        control = control_chunk(
+            run.control(facts.round), self.silo, declared[self.silo], encoded, metrics, ctx, keys.secret, run.he
+        )
         content = encrypt(run.he, keys.he_secret_key, upload_coefficients(control, encoded, run.he))
         header = pb.UploadHeader(
             run=run.id,
@@ -342,7 +346,7 @@ class Agent:
         known = self._known(run, facts.key_epoch)
         sealable = scrutiny.check_uploads(known, facts, ctx, offer.uploads, identities)
         declared = scrutiny.check_joins(known, offer.joins, list(sealable.headers), identities)
-        if sealable.declared != list(declared.values()):
+        if sealable.declared != declared:
             raise IntegrityError("a silo's upload declares other patients than its Join")
         seal = scrutiny.make_seal(known, facts, ctx, sealable, self._own_header(offer)[1].content_digest)
         signed = sign("seal", ctx, seal, self.silo, self.keys.identity)
@@ -358,24 +362,30 @@ class Agent:
         sealable = scrutiny.check_uploads(known, facts, ctx, total.uploads, identities)
         self._check_sealed(run, facts, list(sealable.headers))
         layout = run.layout_in(facts.round)
-        blob = self.membership.dial().fetch(total.digest, total.num_bytes, self.spool)
+        blob = self._fetch(total, run.he.sum_bytes(layout))
         keys = self.keyring.keys(run, facts.key_epoch)
         try:
             coefficients = decrypt(run.he, keys.he_secret_key, blob)
             control = run.control(facts.round)
             checked = checked_sum(coefficients, layout, control, sealable.declared, ctx, keys.secret, run.he)
         except (IntegrityError, MessageError) as error:
-            self.keyring.halt(run, facts)
+            self.keyring.halt(run, facts, SUM_REFUSED)
             log.error("sum refused, keys destroyed", run=run.id, round=facts.round, reason=str(error))
             return
         exponents = exponents_of(self.state.model(run.id, run.model_round))
         model = self._model(run, run.model_round)
         if layout is not None:
-            model = model.stepped(checked, layout, exponents, sealable.cap, sealable.declared, run.plan.aggregation.server)
+            patients = list(sealable.declared.values())
+            model = model.stepped(checked, layout, exponents, sealable.cap, patients, run.plan.aggregation.server)
             sizes = [array.size for array in layout.arrays]
             exponents = next_bounds(exponents, checked.saturations, checked.moments, sizes, len(sealable.headers))
         mac = model_mac(keys.digest_key, run.layout, model.parameters)
-        scrutiny.check_reports(known, facts, ctx, total.reports, identities, mac)
+        try:
+            scrutiny.check_reports(known, facts, ctx, total.reports, identities, mac)
+        except IntegrityError as error:
+            self.keyring.halt(run, facts, _one_line(error))
+            log.error("reports differ, keys destroyed", run=run.id, round=facts.round, reason=str(error))
+            return
         saturated = sum(checked.saturations) / (run.layout.num_parameters * len(sealable.headers))
         self._keep_model(
             run,
@@ -452,6 +462,14 @@ class Agent:
             sealed = pb.Seal.FromString(pb.Signed.FromString(row["seal"]).body)
             if list(sealed.u3) != u3:
                 raise IntegrityError("the published sum is of another set of silos than the one this silo sealed")
+
+    def _fetch(self, total: pb.Sum, num_bytes: int) -> bytes:
+        """The blob of a sum or checkpoint, which has exactly `num_bytes`. Raises IntegrityError before a byte is fetched."""
+        if total.num_bytes != num_bytes:
+            raise IntegrityError(
+                f"the aggregator offers {total.num_bytes} bytes of round {total.facts.round}, expected {num_bytes}: nothing is fetched"
+            )
+        return self.membership.dial().fetch(total.digest, num_bytes, self.spool)
 
     def _model(self, run: Run, round_: int) -> GlobalModel:
         return GlobalModel.load(self.spool.get(self.state.model(run.id, round_)["state"]), run.layout)

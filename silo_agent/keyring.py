@@ -20,8 +20,6 @@ from wardround.errors import IntegrityError, MessageError
 from wardround.messages import claimed, epoch_ctx, opened, run_ctx, sign
 from wardround.pb import federation_pb2 as pb
 
-HALT_REASON = "the published sum failed the check; the agent's log says how"
-
 
 class Keyring:
     """Everything is written before it is sent: a restart sends the same bytes."""
@@ -119,12 +117,12 @@ class Keyring:
         row = self._held(run, number)
         return KeyEpoch(number, row["commitment"], row["roster_digest"], row["first_round"])
 
-    def halt(self, run: Run, facts: pb.Round) -> None:
+    def halt(self, run: Run, facts: pb.Round, reason: str) -> None:
         """Destroy the keys: one question more about a sum that failed would tell the aggregator about the key. So would the numbers
-        that did not fit, which come out of whatever it published: the Halt names none."""
-        body = pb.Halt(run=run.id, round=facts.round, attempt=facts.attempt, reason=HALT_REASON)
+        that did not fit, which come out of whatever it published: `reason` names none."""
+        body = pb.Halt(run=run.id, round=facts.round, attempt=facts.attempt, reason=reason)
         signed = sign("halt", run_ctx(self._membership.federation, run.id, run.plan.digest), body, *self._signer)
-        self._state.halt(run.id, signed.SerializeToString(), HALT_REASON)
+        self._state.halt(run.id, signed.SerializeToString(), reason)
 
     def _row(self, run: Run, number: int) -> sqlite3.Row:
         row = self._state.epoch(run.id, number)

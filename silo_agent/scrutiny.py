@@ -90,8 +90,8 @@ class Sealable:
     headers: Mapping[str, pb.UploadHeader]
 
     @property
-    def declared(self) -> list[int]:
-        return [header.declared_patients for header in self.headers.values()]
+    def declared(self) -> dict[str, int]:
+        return {silo: header.declared_patients for silo, header in self.headers.items()}
 
     @property
     def cap(self) -> int:

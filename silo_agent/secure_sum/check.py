@@ -2,10 +2,12 @@
 
 The check is `sum_j r_j * (f_j mod p) mod p`, p = 2^32 - 5, r_j the 32-bit words of AES-256-CTR under
 HKDF(epoch_secret, "wardround/check/1" | ctx); f_j are the control chunk's integers, the check's own place counted as 0, then the
-fields. It is linear: the check of a sum is the sum of the checks. Who does not know the epoch secret changes any of these numbers
-unnoticed with probability 2^-31.
+fields. It is linear: the check of a sum is the sum of the checks. A silo adds its own term, HKDF(epoch_secret,
+"wardround/check-silo/1" | ctx | silo) mod p: without it one silo twice in place of another would add up as well (docs/adr/0018).
+Who does not know the epoch secret changes any of these numbers, or whose they are, unnoticed with probability 2^-31.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,8 +37,14 @@ def linear_check(head: np.ndarray, fields: np.ndarray, ctx: bytes, epoch_secret:
     return total % PRIME
 
 
+def silo_term(silo: str, ctx: bytes, epoch_secret: bytes) -> int:
+    """0 <= term < p: what the check of this silo's upload holds and no other's."""
+    return int.from_bytes(derive(epoch_secret, b"wardround/check-silo/1", ctx, silo.encode()), "little") % PRIME
+
+
 def control_chunk(
     control: ControlMap,
+    silo: str,
     declared_patients: int,
     encoded: Encoded | None,
     metrics: dict[str, float] | None,
@@ -57,7 +65,7 @@ def control_chunk(
             round(min(max(metrics[name], 0.0) * METRIC_UNITS, parameters.max_control)) for name in control.metrics
         ]
     fields = np.zeros(0, dtype=np.uint64) if encoded is None else encoded.fields
-    chunk[control.CHECK] = linear_check(chunk, fields, ctx, secret)
+    chunk[control.CHECK] = (linear_check(chunk, fields, ctx, secret) + silo_term(silo, ctx, secret)) % PRIME
     return chunk.reshape(1, COEFFICIENTS)
 
 
@@ -82,24 +90,26 @@ def checked_sum(
     coefficients: np.ndarray,
     layout: Layout | None,
     control: ControlMap,
-    declared: list[int],
+    declared: Mapping[str, int],
     ctx: bytes,
     secret: bytes,
     parameters: HeParameters = DEFAULT,
 ) -> CheckedSum:
-    """`coefficients`: uint64 [num_chunks, 4096]; `declared`: declared_patients of U3. Raises IntegrityError: the run halts.
+    """`coefficients`: uint64 [num_chunks, 4096]; `declared`: U3's silos and their patients. Raises IntegrityError: the run halts.
 
     One failure must end the key epoch: to answer it with a retry would make every silo an oracle for the HE key."""
     head, n = coefficients[0], len(declared)
     if head[control.COUNT] != n:
         raise IntegrityError(f"the sum counts {head[control.COUNT]} updates, {n} were sealed: a fold was doubled or left out")
-    if head[control.DECLARED] != sum(declared):
-        raise IntegrityError(f"the sum holds {head[control.DECLARED]} declared patients, the sealed uploads {sum(declared)}")
+    patients = sum(declared.values())
+    if head[control.DECLARED] != patients:
+        raise IntegrityError(f"the sum holds {head[control.DECLARED]} declared patients, the sealed uploads {patients}")
     _check_control(head, layout, control, n, parameters)
     fields = np.zeros(0, dtype=np.uint64) if layout is None else unpack(coefficients[1:], layout.num_parameters, parameters)
     if fields.size and fields.max() > n * parameters.max_code:
         raise IntegrityError(f"a field of the sum exceeds what {n} updates can hold")
-    if linear_check(head, fields, ctx, secret) != int(head[control.CHECK]) % PRIME:
+    expected = linear_check(head, fields, ctx, secret) + sum(silo_term(silo, ctx, secret) for silo in declared)
+    if (expected - int(head[control.CHECK])) % PRIME:
         raise IntegrityError("the sum fails its linear check: it is not the sum of the sealed uploads")
     measured = int(head[control.METRIC_SILOS])
     means = {

@@ -25,7 +25,7 @@ from tests.support.hospital import BINDING, LENIENT
 from tests.support.plans import tiny
 from wardround.canonical import sha256
 from wardround.chunks import metric_names, num_chunks
-from wardround.errors import Disconnected
+from wardround.errors import Disconnected, MessageError
 from wardround.layout import layout_of
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import Plan, UNet
@@ -128,6 +128,9 @@ class Silo:
                 self.obey(self.poll())
             except Disconnected:  # a crowded machine: the agent's loop tries again, too
                 return
+            except MessageError as error:  # the run ended between the offer and the answer: the loop looks again
+                if "takes no answers any more" not in str(error):
+                    raise
 
     def epoch_keys(self, run: str, number: int = 1) -> EpochKeys:
         return self.agent.keyring.keys(self.agent._run(run), number)
