@@ -1,8 +1,8 @@
 """The form of an upload: chunks of 4,096 coefficients, chunk 0 the control chunk, the rest the packed update.
 
-A coefficient holds two fields of 16 value and 5 headroom bits (secure-sum.md section 1, row "32 silos"), so that 32 silos add up
-without a carry. In the clear (key epoch 0) a chunk is its coefficients as little-endian u64; an encrypted chunk will be a BFV
-ciphertext of the same coefficients. Control coefficients are one integer each: ControlMap says which is which.
+A coefficient holds two fields, each a value below headroom for all silos (secure-sum.md section 1; wardround.he has the table). An
+encrypted chunk is a BFV ciphertext of them; in the clear (key epoch 0) a chunk is its coefficients as little-endian u64, in the row
+"32 silos". Control coefficients are one integer each: ControlMap says which is which.
 """
 
 from collections.abc import Iterator
