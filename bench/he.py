@@ -23,7 +23,9 @@ on the machine then matters little. Each key below is the worse of the two layou
 import argparse
 import json
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from statistics import median
 from typing import Any
 
@@ -154,7 +156,8 @@ def ckks_context() -> tenseal.Context:
 def run_case(layout: Layout, repetitions: int) -> dict[str, Any]:
     """Both sides, one after the other, `repetitions` times."""
     silos, context = updates(layout), ckks_context()
-    pairs = [(ours(layout, silos), theirs(layout, silos[0], context)) for _ in range(repetitions)]
+    with redirect_stdout(StringIO()):  # TenSEAL prints a warning for every vector of several ciphertexts
+        pairs = [(ours(layout, silos), theirs(layout, silos[0], context)) for _ in range(repetitions)]
     mine, other = ([pair[side] for pair in pairs] for side in (0, 1))
     size = layout.num_parameters
     found: dict[str, Any] = {"parameters": size, "tensors": len(layout.arrays), "silos": len(silos)}

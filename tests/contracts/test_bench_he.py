@@ -29,6 +29,11 @@ def test_keys_bytes_and_exactness() -> None:
     assert found["encrypt_speedup"] == case["encrypt_speedup"]
 
 
+def test_nothing_but_the_result_reaches_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    he.run_case(Layout((Array("a", (5000,)),)), repetitions=1)  # more than one CKKS ciphertext: TenSEAL warns
+    assert capfd.readouterr().out == ""
+
+
 def test_layouts_of_the_issue() -> None:
     assert [(layout.num_parameters, len(layout.arrays)) for layout in he.LAYOUTS.values()] == [(11172162, 65), (100_000, 122)]
 
