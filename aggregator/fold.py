@@ -38,7 +38,11 @@ def check_upload(path: Path, digest: bytes, parameters: HeParameters) -> None:
 
     found, refusal = hashlib.sha256(), None
     whole_chunks = WINDOW_BYTES // parameters.upload_chunk_bytes * parameters.upload_chunk_bytes
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise MessageError("what had arrived is no longer wanted: the attempt has closed") from None
+    with file:
         while window := file.read(whole_chunks):
             found.update(window)
             try:

@@ -6,6 +6,7 @@ between, Stale is raised and nothing is written, so that no decision rests on wh
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ _cached_plan = lru_cache(maxsize=64)(parse_plan)
 
 class Store(Members):
     """See members.py for the other half."""
+
+    _newest: RunState | None = None  # as last read
 
     # --- reading ---------------------------------------------------------------------------------------------------------------
 
@@ -190,6 +193,23 @@ class Store(Members):
         return said
 
     def _state(self, db: sa.Connection, row: sa.Row[Any], attempt: Attempt | None = None) -> RunState:
+        """Read once per revision: every poll and the driver ask for the same. Only `approved` changes without a decision."""
+        seq, known = self._head(db).head.seq, self._newest
+        if attempt is None and known is not None and (known.seq, known.id) == (seq, row.id):
+            return replace(known, approved=self._approved(db, known.joins))
+        state = self._read_state(db, row, attempt, seq)
+        if attempt is None:
+            self._newest = state
+        return state
+
+    def _approved(self, db: sa.Connection, joins: Mapping[str, pb.Signed]) -> dict[str, int]:
+        """Silo -> newest roster version it has approved, as it polled or joined with."""
+        approved = {silo.name: silo.roster_version for silo in self._silos(db)}
+        for silo, signed in joins.items():
+            approved[silo] = max(approved.get(silo, 0), pb.Join.FromString(signed.body).roster_version)
+        return approved
+
+    def _read_state(self, db: sa.Connection, row: sa.Row[Any], attempt: Attempt | None, seq: int) -> RunState:
         if attempt is None:
             query = sa.select(schema.attempts).where(_attempts.run == row.id)
             newest = db.execute(query.order_by(_attempts.round.desc(), _attempts.attempt.desc()).limit(1)).one_or_none()
@@ -202,11 +222,8 @@ class Store(Members):
             mine = sa.select(schema.uploads).where(*_is(_uploads, attempt.key))
             uploads = {one.silo: Upload(**one._mapping) for one in db.execute(mine)}
         joins = {silo: signed for silo, signed in answers.items() if signed.message == "join"}
-        approved = {silo.name: silo.roster_version for silo in self._silos(db)}
-        for silo, signed in joins.items():
-            approved[silo] = max(approved.get(silo, 0), pb.Join.FromString(signed.body).roster_version)
         return RunState(
-            seq=self._head(db).head.seq,
+            seq=seq,
             id=row.id,
             plan=_cached_plan(row.plan.encode()),
             plan_text=row.plan.encode(),
@@ -224,7 +241,7 @@ class Store(Members):
             audit_seq=row.audit_seq,
             rosters={one.version: self._roster(one) for one in self._roster_rows(db, row.roster_version - 1)},
             revoked=frozenset(self._revoked(db)),
-            approved=approved,
+            approved=self._approved(db, joins),
             joins=joins,
             refusals={silo: signed for silo, signed in answers.items() if signed.message == "refusal"},
             attempt=attempt,

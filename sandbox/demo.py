@@ -89,7 +89,7 @@ def _federate(console: Console, root: Path, plan: Plan, folders: dict[str, Path]
             federation.set_up()
             run = federation.submit(PLAN)
             console.print(
-                f"run {run}: {plan.rounds} rounds of {plan.training.steps} steps, encrypted: the aggregator adds what it cannot read"
+                f"run {run}: {plan.rounds} rounds of {plan.training.steps} steps, summed under encryption"
             )
             completed = _watch(console, federation, run, plan)
             wait_for_mlflow(mlflow, port)

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from functools import lru_cache
 
 from silo_agent.secure_sum.packing import Exponents
 from wardround.chunks import ControlMap, metric_names
@@ -15,8 +16,7 @@ class Run:
 
     def __init__(self, row: sqlite3.Row) -> None:
         self.id: str = row["run"]
-        self.plan: Plan = parse_plan(row["plan"])
-        self.layout: Layout = layout_of(self.plan)
+        self.plan, self.layout = _plan_and_layout(row["plan"])
         self.he: HeParameters = self.plan.aggregation.he
         self.snapshot: str | None = row["snapshot"]
         self.model_round: int = row["model_round"]
@@ -29,6 +29,13 @@ class Run:
 
     def control(self, round_: int) -> ControlMap:
         return ControlMap(len(self.layout.arrays) if round_ <= self.plan.rounds else 0, self.metrics)
+
+
+@lru_cache(maxsize=4)
+def _plan_and_layout(text: bytes) -> tuple[Plan, Layout]:
+    """Every action asks: parsed once."""
+    plan = parse_plan(text)
+    return plan, layout_of(plan)
 
 
 def exponents_of(model: sqlite3.Row) -> Exponents:

@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,33 +23,18 @@ from wardround.errors import IntegrityError, MessageError
 from wardround.he import SEED_BYTES, HeParameters
 
 Buffer = bytes | memoryview
-BLAKE2XB = b"\1"  # SEAL's prng_type of the seed of c1
 HEADER_BYTES = 16
 CIPHERTEXT_HEAD = 73 + HEADER_BYTES + 8  # bytes between the outer header and the coefficients: the form, then the array's own head
 PLAINTEXT_HEAD = 48 + HEADER_BYTES + 8
 
 
-@lru_cache
-def context(parameters: HeParameters) -> Any:
-    """SEAL's context of a row, from the row alone: it holds no key and never did. SEAL itself asserts 128 bits of security."""
-    form = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.BFV)
-    form.set_poly_modulus_degree(COEFFICIENTS)
-    form.set_coeff_modulus([sealapi.Modulus(parameters.prime)])
-    form.set_plain_modulus(parameters.plain_modulus)
-    found = sealapi.SEALContext(form, True, sealapi.SEC_LEVEL_TYPE.TC128)
-    if not found.parameters_set():
-        raise IntegrityError(
-            f"SEAL refuses the encryption's parameters: {found.parameters_error_message()}; tenseal 0.3.18 accepts them"
-        )
-    return found
-
-
 def numbers(parameters: HeParameters, data: Buffer, what: str) -> np.ndarray:
     """uint64 [n] of n coefficients on the wire. Raises MessageError, beginning with `what`, for a coefficient of q or more."""
     width = parameters.coefficient_bytes
-    wide = np.zeros((len(data) // width, 8), dtype=np.uint8)
-    wide[:, :width] = np.frombuffer(data, dtype=np.uint8).reshape(-1, width)
-    found = wide.view("<u8")[:, 0]
+    found = np.empty(len(data) // width, dtype="<u8")
+    found[:-1] = np.ndarray(found.size - 1, "<u8", data, strides=(width,))  # each reads into the next, which the mask takes away
+    found[-1] = int.from_bytes(data[-width:], "little")
+    found &= np.uint64((1 << 8 * width) - 1)
     if found.max() >= parameters.prime:
         raise MessageError(f"{what}: coefficient {int(np.argmax(found >= parameters.prime))} is not below the modulus q")
     return found
@@ -56,38 +42,69 @@ def numbers(parameters: HeParameters, data: Buffer, what: str) -> np.ndarray:
 
 def wire(parameters: HeParameters, coefficients: np.ndarray) -> bytes:
     """The inverse of `numbers`."""
-    return coefficients.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, : parameters.coefficient_bytes].tobytes()
+    low = np.dtype({"names": ["low"], "formats": [f"V{parameters.coefficient_bytes}"], "itemsize": 8})
+    return coefficients.astype("<u8", copy=False).view(low)["low"].tobytes()
+
+
+def reduced(parameters: HeParameters, total: np.ndarray) -> np.ndarray:
+    """uint64 values below 2 q, modulo q: where one is below q already, subtracting q wraps around to something large."""
+    return np.minimum(total, total - np.uint64(parameters.prime))
+
+
+@dataclass(frozen=True)
+class Forms:
+    """SEAL's context of a row, which holds no key and never did, and what it writes before the numbers of each kind of object."""
+
+    context: Any
+    seeded: bytes
+    seed: bytes
+    full: bytes
+    secret_key: bytes
+
+
+@lru_cache
+def forms(parameters: HeParameters) -> Forms:
+    """From the row alone. SEAL itself holds it to 128 bits of security."""
+    row = sealapi.EncryptionParameters(sealapi.SCHEME_TYPE.BFV)
+    row.set_poly_modulus_degree(COEFFICIENTS)
+    row.set_coeff_modulus([sealapi.Modulus(parameters.prime)])
+    row.set_plain_modulus(parameters.plain_modulus)
+    context = sealapi.SEALContext(row, True, sealapi.SEC_LEVEL_TYPE.TC128)
+    if not context.parameters_set():
+        raise IntegrityError(
+            f"SEAL refuses the parameters of this sum ({context.parameters_error_message()}): reinstall tenseal 0.3.18"
+        )
+    parms_id, key_parms_id = (struct.pack("<4Q", *found) for found in (context.first_parms_id(), context.key_parms_id()))
+    # not in NTT form, 2 polynomials, degree, 1 prime, scale and correction factor (other schemes')
+    ciphertext = parms_id + struct.pack("<?QQQdQ", False, 2, COEFFICIENTS, 1, 1.0, 1)
+    return Forms(
+        context,
+        seeded=ciphertext + _array_head(COEFFICIENTS),
+        seed=_header(1 + SEED_BYTES) + b"\1",  # prng_type: Blake2xb
+        full=ciphertext + _array_head(2 * COEFFICIENTS),
+        secret_key=key_parms_id + struct.pack("<Qd", COEFFICIENTS, 1.0) + _array_head(COEFFICIENTS),
+    )
 
 
 class Scratch:
     """A piece of anonymous memory through which SEAL's objects pass. Not to be shared between threads."""
 
     def __init__(self, parameters: HeParameters, fd: int) -> None:
-        self.context = context(parameters)
+        self._forms = forms(parameters)
+        self.context = self._forms.context
         self._fd, self._path = fd, f"/proc/self/fd/{fd}"
-        own, key = (struct.pack("<4Q", *found) for found in (self.context.first_parms_id(), self.context.key_parms_id()))
-        form = own + struct.pack("<?QQQdQ", False, 2, COEFFICIENTS, 1, 1.0, 1)
-        self._full = form + _array_head(2 * COEFFICIENTS)
-        self._seeded = form + _array_head(COEFFICIENTS)
-        self._seed_head = _header(1 + SEED_BYTES) + BLAKE2XB
-        self._plain = bytes(32) + struct.pack("<Qd", COEFFICIENTS, 1.0) + _array_head(COEFFICIENTS)
-        self._key = key + self._plain[32:]
 
     def load_upload(self, into: Any, c0: np.ndarray, seed: Buffer) -> None:
         """c0: uint64 [4096], each below q; SEAL expands c1 from the seed."""
-        self._load(into, self._seeded, c0.astype("<u8", copy=False).data, self._seed_head, seed)
+        self._load(into, self._forms.seeded, c0, self._forms.seed + seed)
 
     def load_sum(self, into: Any, c0_c1: np.ndarray) -> None:
         """uint64 [2 * 4096], each below q."""
-        self._load(into, self._full, c0_c1.astype("<u8", copy=False).data)
+        self._load(into, self._forms.full, c0_c1)
 
-    def load_plaintext(self, into: Any, coefficients: np.ndarray) -> None:
-        """uint64 [4096], each below t."""
-        self._load(into, self._plain, coefficients.astype("<u8", copy=False).data)
-
-    def load_key(self, into: Any, coefficients: np.ndarray) -> None:
+    def load_secret_key(self, into: Any, coefficients: np.ndarray) -> None:
         """uint64 [4096], each below q: a secret key in NTT form, as SEAL keeps it."""
-        self._load(into, self._key, coefficients.astype("<u8", copy=False).data)
+        self._load(into, self._forms.secret_key, coefficients)
 
     def saved_upload(self, source: Any) -> tuple[np.ndarray, bytes]:
         """c0 (uint64 [4096]) and the seed of a fresh symmetric encryption."""
@@ -102,16 +119,16 @@ class Scratch:
         """uint64 [n] of a plaintext or a secret key; SEAL drops a plaintext's trailing zeros: 1 <= n <= 4096."""
         return np.frombuffer(self._saved(source), dtype="<u8", offset=PLAINTEXT_HEAD)
 
+    def _load(self, into: Any, head: bytes, coefficients: np.ndarray, tail: Buffer = b"") -> None:
+        header = _header(len(head) + coefficients.nbytes + len(tail))
+        # A longer object that lay here before does no harm: SEAL reads as much as the header says.
+        os.pwritev(self._fd, [header, head, coefficients.astype("<u8", copy=False).data, tail], 0)
+        into.load(self.context, self._path)
+
     def _saved(self, source: Any) -> bytes:
         # SEAL's bindings cannot save without zstd. These are our own bytes, and no bomb.
         source.save(self._path)
-        data = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
-        return decompress(data[HEADER_BYTES:])
-
-    def _load(self, into: Any, *parts: Buffer) -> None:
-        parts = (_header(sum(len(part) * getattr(part, "itemsize", 1) for part in parts)), *parts)
-        os.pwritev(self._fd, parts, 0)  # a longer object before it does no harm: SEAL reads what the header says
-        into.load(self.context, self._path)
+        return decompress(os.pread(self._fd, os.fstat(self._fd).st_size, HEADER_BYTES))
 
 
 @contextmanager
@@ -128,8 +145,8 @@ def check_upload(parameters: HeParameters, data: Buffer) -> None:
     size = parameters.upload_chunk_bytes
     if len(data) % size:
         raise MessageError(f"chunks of an upload have {size} bytes each: {len(data)} bytes are not whole chunks")
-    for index in range(len(data) // size):
-        numbers(parameters, data[index * size :][: parameters.polynomial_bytes], f"chunk {index}")
+    for start in range(0, len(data), size):
+        numbers(parameters, data[start : start + parameters.polynomial_bytes], f"chunk {start // size}")
 
 
 def sum_chunks(parameters: HeParameters, chunks: Sequence[Buffer]) -> bytes:

@@ -75,7 +75,11 @@ class Transfers:
             facts = {"run": upload.run, "round": upload.round, "attempt": upload.attempt, "silo": caller.name, "reason": str(error)}
             self._store.note("upload-refused", facts)
             raise
-        self._store.upload_durable(upload)
+        try:
+            self._store.upload_durable(upload)
+        except MessageError:  # the attempt closed meanwhile: nothing needs these bytes
+            self._blobs.whole(upload.content_digest).unlink(missing_ok=True)
+            raise
         UPLOAD_BYTES.inc(upload.num_bytes)
         log.info("upload", silo=caller.name, run=upload.run, round=upload.round, attempt=upload.attempt, num_bytes=upload.num_bytes)
         return _receipt(upload)

@@ -11,8 +11,8 @@ import numpy as np
 from tenseal import sealapi
 
 from wardround.chunks import COEFFICIENTS
-from wardround.ciphertexts import Buffer, Scratch, load_sum_chunk, numbers, scratch, wire
-from wardround.errors import MessageError
+from wardround.ciphertexts import Buffer, Scratch, load_sum_chunk, numbers, reduced, scratch, wire
+from wardround.errors import IntegrityError, MessageError
 from wardround.he import HeParameters
 
 
@@ -24,20 +24,29 @@ def new_secret_key(parameters: HeParameters) -> bytes:
 
 
 def encrypt(parameters: HeParameters, secret_key: bytes, coefficients: np.ndarray) -> bytes:
-    """num_chunks upload chunks back to back. `coefficients`: uint64 [num_chunks, 4096], each below t (ValueError otherwise).
+    """num_chunks upload chunks back to back. `coefficients`: uint64 [num_chunks, 4096]; IntegrityError for one of t or more.
 
-    Encrypting the same numbers again gives other bytes: an upload is encrypted once, and what was written is resent.
+    Each chunk is SEAL's fresh encryption of zero plus round(m q / t) in c0, which is how BFV encrypts m. A second encryption gives
+    other bytes: an upload is encrypted once, and what was written is resent.
     """
+    if coefficients.max() >= parameters.plain_modulus:
+        raise IntegrityError("a coefficient of the update is not below the plain modulus: nothing was sent")
     out = BytesIO()
     with scratch(parameters) as memory:
         encryptor = sealapi.Encryptor(memory.context, _key(parameters, memory, secret_key))
-        plaintext = sealapi.Plaintext()
         for row in coefficients:
-            memory.load_plaintext(plaintext, row)
-            c0, seed = memory.saved_upload(encryptor.encrypt_symmetric(plaintext))
-            out.write(wire(parameters, c0))
+            c0, seed = memory.saved_upload(encryptor.encrypt_zero_symmetric())
+            out.write(wire(parameters, reduced(parameters, c0 + _scaled(parameters, row))))
             out.write(seed)
     return out.getvalue()
+
+
+def _scaled(parameters: HeParameters, m: np.ndarray) -> np.ndarray:
+    """round(m q / t), uint64, exactly: with q = 2^k - d it is m 2^k / t - round(m d / t), and m d stays below 2^62 in every row."""
+    power = parameters.prime.bit_length()
+    log_t = parameters.plain_modulus.bit_length() - 1
+    below = np.uint64((1 << power) - parameters.prime)
+    return (m << np.uint64(power - log_t)) - ((m * below + np.uint64(parameters.plain_modulus // 2)) >> np.uint64(log_t))
 
 
 def decrypt(parameters: HeParameters, secret_key: bytes, data: Buffer) -> np.ndarray:
@@ -67,5 +76,5 @@ def _key(parameters: HeParameters, memory: Scratch, secret_key: bytes) -> sealap
             f"the key epoch's HE key must have {parameters.polynomial_bytes} bytes, it has {len(secret_key)}: ask for a new epoch"
         )
     key = sealapi.SecretKey()
-    memory.load_key(key, numbers(parameters, secret_key, "the key epoch's HE key"))
+    memory.load_secret_key(key, numbers(parameters, secret_key, "the key epoch's HE key"))
     return key

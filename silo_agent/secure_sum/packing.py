@@ -114,11 +114,16 @@ def encode(
         saturated, squares, stop = 0, 0.0, start + array.size
         for at in range(start, stop, BLOCK):
             block = slice(at, min(at + BLOCK, stop))
-            ratio = update[block].astype(np.float64) * (weight * 2.0**-exponent)
-            saturated += int(np.count_nonzero(np.abs(ratio) > 1.0))
-            squares += float(np.dot(ratio, ratio))
-            y = np.clip(ratio, -1.0, 1.0) * parameters.zero_code
-            fields[block] = np.floor(y + uniform(stream, y.size)) + parameters.zero_code
+            y = update[block].astype(np.float64)
+            y *= weight * 2.0**-exponent
+            saturated += int(np.count_nonzero(np.abs(y) > 1.0))
+            squares += float(np.dot(y, y))
+            np.clip(y, -1.0, 1.0, out=y)
+            y *= parameters.zero_code
+            y += uniform(stream, y.size)
+            np.floor(y, out=y)
+            y += parameters.zero_code
+            fields.view(np.int64)[block] = y  # never negative, and cast faster than to unsigned
         saturations.append(saturated)
         moments.append(round(min(squares / array.size * MOMENT_UNITS, parameters.max_control)))
         start = stop

@@ -84,6 +84,9 @@ def test_the_gate_names_the_first_thing_that_is_wrong(tmp_path: Path) -> None:
     file.write_bytes(good + b"\0")
     with pytest.raises(MessageError, match="not whole chunks"):
         check_upload(file, sha256(good + b"\0").digest(), ROW)
+    file.unlink()
+    with pytest.raises(MessageError, match="the attempt has closed"):
+        check_upload(file, bytes(32), ROW)
 
 
 # --- the sum --------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What a silo remembers, decision by decision, and what it refuses to remember."""
 
+import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,18 @@ CTX = b"c" * 32
 def header(round_: int, attempt: int, content: bytes) -> bytes:
     body = pb.UploadHeader(round=round_, attempt=attempt, content_digest=content)
     return pb.Signed(message="upload", body=body.SerializeToString()).SerializeToString()
+
+
+def epoch(first_round: int, **more: Any) -> dict[str, Any]:
+    return {
+        "first_round": first_round, "roster_digest": b"r" * 32, "commitment": b"c" * 32, "secrets": secrets(first_round),
+        "statement": b"key epoch", "checkpoint": None, **more,
+    }  # fmt: skip
+
+
+def secrets(first_round: int) -> bytes:
+    """As large as those of an epoch: they lie on pages of their own."""
+    return b"secrets of the epoch from round %03d" % first_round * 800
 
 
 def model(state: str, **more: Any) -> dict[str, Any]:
@@ -77,6 +91,10 @@ def test_the_facts_follow_every_transaction(state: State) -> None:
     then()
     state.set_stance(RUN, Stance.JOINED)
     then(stance=Stance.JOINED)
+    state.keys_kept(RUN, 1, epoch(1))
+    then()  # kept, not sent yet
+    state.keys_told(RUN, 1)
+    then(epoch=1)
     state.evaluated(RUN, 0, '{"dice": 0.5}', 3)
     then(evaluated_round=0)
     state.open_event(RUN, 1, b"k" * 32, seeded=False)
@@ -95,6 +113,8 @@ def test_the_facts_follow_every_transaction(state: State) -> None:
     then(model_round=1)
     state.reported(RUN, 1, b"r" * 32)
     then(reported_round=1)
+    state.halt(RUN, b"halt", "a sum failed")
+    then(halting=True)
     state.set_stance(RUN, Stance.CLOSED)
     then(stance=Stance.CLOSED)
 
@@ -167,6 +187,128 @@ def test_a_refusal_keeps_its_reason_and_a_closed_run_forgets_its_keys(state: Sta
     assert state.event(RUN, 1)["random_key"] is None
 
 
+# --- key epochs ---------------------------------------------------------------------------------------------------------------
+
+
+def held(state: State) -> list[int]:
+    """Numbers of the key epochs whose keys are there."""
+    rows = {number: state.epoch(RUN, number) for number in (1, 2, 3)}
+    return [number for number, row in rows.items() if row is not None and row["secrets"] is not None]
+
+
+def on_disk(path: Path, secret: bytes) -> bool:
+    """Whether a page in a file of the database holds any of it: the database itself, its log, its index."""
+    return any(secret[:35] in file.read_bytes() for file in path.parent.glob(path.name + "*"))
+
+
+def test_the_newest_key_epoch_is_found_and_each_by_its_number(state: State) -> None:
+    joined(state)
+    assert state.epoch(RUN) is None
+    for number, first_round in ((1, 1), (2, 3)):
+        state.keys_kept(RUN, number, epoch(first_round))
+    newest, first = state.epoch(RUN), state.epoch(RUN, 1)
+    assert newest is not None and (newest["number"], newest["secrets"]) == (2, secrets(3))
+    assert first is not None and first["secrets"] == secrets(1)
+
+
+def test_keys_are_kept_once(state: State, path: Path) -> None:
+    joined(state)
+    state.keys_kept(RUN, 1, epoch(1))
+    with pytest.raises(StorageError):
+        state.keys_kept(RUN, 1, epoch(1, secrets=b"others"))
+    row = state.epoch(RUN, 1)
+    assert row is not None and row["secrets"] == secrets(1) and kinds(path).count("key epoch") == 1
+
+
+def test_old_keys_go_once_the_new_are_told_and_no_older_sum_is_left_to_read(state: State, path: Path) -> None:
+    joined(state)
+    state.keys_kept(RUN, 1, epoch(1))
+    state.keys_told(RUN, 1)
+    state.keys_kept(RUN, 2, epoch(2))  # from round 2 on; this silo still has the sum of round 1 to apply
+    assert held(state) == [1, 2]
+    state.keys_told(RUN, 2)
+    assert held(state) == [1, 2]
+    state.model_made(RUN, 1, model("1" * 64), ["leuven"])
+    assert held(state) == [2] and not on_disk(path, secrets(1)) and on_disk(path, secrets(2))
+    state.keys_kept(RUN, 3, epoch(2, secrets=secrets(3)))  # a maker that never answered: another one for the same round
+    assert held(state) == [2, 3]
+    state.keys_told(RUN, 3)
+    assert held(state) == [3] and not on_disk(path, secrets(2))
+
+
+def test_a_halt_destroys_every_key_of_the_run_and_is_kept_once(state: State, path: Path) -> None:
+    joined(state)
+    state.judged("other-1", PLAN.canonical(), PLAN.digest, None, "")
+    state.keys_kept("other-1", 1, epoch(9))
+    for number, first_round in ((1, 1), (2, 2)):
+        state.keys_kept(RUN, number, epoch(first_round))
+    assert on_disk(path, secrets(1)) and on_disk(path, secrets(2))
+    state.halt(RUN, b"the first halt", "a sum failed")
+    assert held(state) == [] and not on_disk(path, secrets(1)) and not on_disk(path, secrets(2))
+    assert on_disk(path, secrets(9)), "another run's"
+    state.halt(RUN, b"another halt", "a sum failed")
+    row = state.run(RUN)
+    assert row is not None and row["halt"] == b"the first halt"
+    assert kinds(path).count("halt") == 2
+
+
+def test_a_closed_run_keeps_no_key_in_any_file(state: State, path: Path) -> None:
+    joined(state)
+    state.keys_kept(RUN, 1, epoch(1))
+    assert on_disk(path, secrets(1))
+    state.set_stance(RUN, Stance.CLOSED)
+    assert held(state) == [] and not on_disk(path, secrets(1))
+
+
+def test_keys_destroyed_just_before_a_kill_leave_the_log_at_the_next_start(
+    state: State, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined(state)
+    state.keys_kept(RUN, 1, epoch(1))
+    with monkeypatch.context() as killed:
+        killed.setattr(State, "_wipe", lambda self: None)
+        state.halt(RUN, b"halt", "a sum failed")
+    (tmp_path / "disk").mkdir()
+    for file in path.parent.glob(path.name + "*"):
+        shutil.copy(file, tmp_path / "disk" / file.name)  # what a kill leaves behind
+    left = tmp_path / "disk" / path.name
+    assert on_disk(left, secrets(1))
+    restarted = State(left, KEY)
+    assert held(restarted) == [] and not on_disk(left, secrets(1))
+    restarted.close()
+
+
+def test_someone_who_reads_meanwhile_ends_nothing(state: State, path: Path) -> None:
+    """The log cannot be emptied then; the next transaction that destroys keys does it."""
+    joined(state)
+    state.keys_kept(RUN, 1, epoch(1))
+    state._db.execute("PRAGMA busy_timeout = 100")
+    with sqlite3.connect(path, isolation_level=None) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM runs").fetchall()
+        state.halt(RUN, b"halt", "a sum failed")
+        assert held(state) == []
+        reader.execute("COMMIT")
+    reader.close()
+    state.set_stance(RUN, Stance.CLOSED)
+    assert not on_disk(path, secrets(1))
+
+
+def test_only_the_agent_reads_the_database(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        state = State(tmp_path / "state.sqlite", KEY)
+        state.judged(RUN, PLAN.canonical(), PLAN.digest, None, "")
+        modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+        state.close()
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(("state.sqlite", "state.sqlite-shm", "state.sqlite-wal"), 0o600)
+
+
+# --- what is left --------------------------------------------------------------------------------------------------------------
+
+
 def test_what_a_later_step_may_still_ask_for(state: State) -> None:
     joined(state)
     state.open_event(RUN, 1, b"k" * 32, seeded=False)
@@ -174,6 +316,10 @@ def test_what_a_later_step_may_still_ask_for(state: State) -> None:
     state.encoded(RUN, (1, 1), CTX, header(1, 1, b"x" * 32), b"x" * 32)
     assert state.needed(RUN) == {"0" * 64, "u" * 64, (b"x" * 32).hex()}
     state.model_made(RUN, 1, model("1" * 64, ctx=CTX, sum_digest=b"d" * 32), ["leuven"])
+    assert state.needed(RUN) == {"1" * 64}
+    state.keys_kept(RUN, 1, epoch(2, checkpoint="k" * 64))
+    assert state.needed(RUN) == {"1" * 64, "k" * 64}
+    state.keys_told(RUN, 1)
     assert state.needed(RUN) == {"1" * 64}
 
 
@@ -207,7 +353,7 @@ def test_a_file_that_is_no_database_is_said_to_be_damaged(tmp_path: Path) -> Non
 
 
 def test_a_folder_that_is_not_there_is_said_without_its_path(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"^the silo's database refuses: unable to open database file$"):
+    with pytest.raises(StorageError, match=r"^the silo's database cannot be opened: No such file or directory$"):
         State(tmp_path / "nowhere" / "state.sqlite", KEY)
 
 

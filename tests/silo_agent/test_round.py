@@ -30,15 +30,16 @@ def test_the_story_of_a_run() -> None:
             facts = effect(facts, action, offer)
 
     follow(offered("INVITED"))
+    follow(offered("KEYING", epoch=1))
     for round_ in (1, 2, 3):
-        follow(offered("OPEN", round_))
+        follow(offered("OPEN", round_, epoch=1))
         follow(offered("SEALED", round_, in_u3=True))
         follow(offered("EVALUATING", round_, summed_rounds=frozenset({round_})))
     follow(offered("COMPLETED", 3))
     first = ["judge", "snapshot", "initialize", "join", "evaluate"]  # a Join is followed by the evaluation of what it starts from
     full = ["open_event", "train", "encode", "upload", "seal", "apply", "evaluate", "report"]
     closing = ["encode", "upload", "seal", "apply", "report"]
-    assert actions == [*first, *full, *full, *closing, "close"]
+    assert actions == [*first, "make_keys", *full, *full, *closing, "close"]
 
 
 def effect(facts: Facts, action: Action, offer: Offered) -> Facts:
@@ -49,6 +50,10 @@ def effect(facts: Facts, action: Action, offer: Offered) -> Facts:
         Action.SNAPSHOT: {"has_snapshot": True},
         Action.INITIALIZE: {"model_round": 0},
         Action.JOIN: {"stance": Stance.JOINED},
+        Action.MAKE_KEYS: {"epoch": offer.epoch},
+        Action.TAKE_KEYS: {"epoch": offer.epoch},
+        Action.RESTORE: {"model_round": offer.checkpoint_round, "reported_round": offer.checkpoint_round},
+        Action.HALT: {"stance": Stance.CLOSED},
         Action.APPLY: {"model_round": facts.model_round + 1},
         Action.EVALUATE: {"evaluated_round": facts.model_round},
         Action.REPORT: {"reported_round": facts.model_round},
@@ -84,6 +89,51 @@ def test_a_silo_that_missed_rounds_applies_their_sums_one_by_one() -> None:
     assert facts.model_round == 3
 
 
+def test_keys_are_taken_before_anything_is_summed_under_them() -> None:
+    facts = replace(JOINED, evaluated_round=0)
+    assert decide(facts, offered("OPEN", 1, epoch=1)) is Action.TAKE_KEYS
+    assert decide(replace(facts, epoch=1), offered("OPEN", 1, epoch=1)) is Action.OPEN_EVENT
+    assert decide(replace(facts, epoch=2), offered("OPEN", 1, epoch=1)) is Action.OPEN_EVENT  # an older one is not taken again
+
+
+def test_the_silo_that_makes_keys_first_takes_the_last_step() -> None:
+    """The checkpoint that goes with them holds the newest model; a report that is due is not forgotten over it."""
+    facts = replace(JOINED, evaluated_round=0, epoch=1)
+    offer = offered("KEYING", 1, epoch=2, summed_rounds=frozenset({1}))
+    actions = []
+    while (action := decide(facts, offer)) is not Action.WAIT:
+        actions.append(action.value)
+        facts = effect(facts, action, offer)
+    assert actions == ["apply", "evaluate", "report", "make_keys"]
+
+
+def test_a_late_silo_takes_the_keys_then_the_model_then_the_rounds_that_follow() -> None:
+    offer = Offered("OPEN", (7, 1), rounds=12, epoch=3, checkpoint_round=5, summed_rounds=frozenset({6}))
+    facts, actions = replace(JOINED, evaluated_round=0, epoch=1), []
+    while (action := decide(facts, offer)) is not Action.EVALUATE:
+        actions.append(action.value)
+        facts = effect(facts, action, offer)
+    assert actions == ["take_keys", "restore", "apply"] and facts.model_round == 6
+
+
+def test_a_silo_that_has_the_model_restores_nothing() -> None:
+    facts = replace(JOINED, model_round=5, evaluated_round=5, reported_round=5, epoch=3)
+    assert decide(facts, Offered("WAITING", (6, 1), 12, epoch=3, checkpoint_round=5)) is Action.WAIT
+    assert decide(replace(facts, model_round=4), Offered("WAITING", (6, 1), 12, epoch=2, checkpoint_round=5)) is not Action.RESTORE
+
+
+@pytest.mark.parametrize("phase", ["INVITED", "WAITING", "KEYING", "OPEN", "SEALED", "EVALUATING"])
+def test_after_a_failed_check_the_halt_comes_first_and_then_nothing(phase: str) -> None:
+    facts, offer = replace(JOINED, halting=True), offered(phase, 1, epoch=2, in_u3=True, summed_rounds=frozenset({1}))
+    assert decide(facts, offer) is Action.HALT
+    assert decide(effect(facts, Action.HALT, offer), offer) is Action.WAIT
+
+
+@pytest.mark.parametrize("phase", ["FAILED", "ABORTED", "COMPLETED"])
+def test_a_run_that_is_over_takes_no_halt_any_more(phase: str) -> None:
+    assert decide(replace(JOINED, halting=True), offered(phase, 3, summed_rounds=frozenset({1}))) is Action.CLOSE
+
+
 def test_refusal_is_told_once_and_then_nothing_more() -> None:
     assert decide(Facts(Stance.REFUSING), offered("INVITED")) is Action.REFUSE
     assert decide(Facts(Stance.REFUSED), offered("INVITED")) is Action.WAIT
@@ -106,15 +156,19 @@ def test_a_seal_is_given_only_for_a_set_with_ones_own_upload() -> None:
 
 
 def every_pair() -> list[tuple[Facts, Offered]]:
-    phases = ["IDLE", "INVITED", "WAITING", "OPEN", "SEALED", "EVALUATING", "COMPLETED", "FAILED", "ABORTED"]
+    phases = ["IDLE", "INVITED", "WAITING", "KEYING", "OPEN", "SEALED", "EVALUATING", "COMPLETED", "FAILED", "ABORTED"]
     stances, small = list(Stance), [-1, 0, 1]
     facts = [
-        Facts(stance, snapshot, model, evaluated, 0, event, update, (update, update))
-        for stance, snapshot, model, evaluated, event, update in product(stances, [False, True], small, small, [0, 1], [0, 1])
+        Facts(stance, snapshot, model, evaluated, 0, *keys, event, update, (update, update))
+        for stance, snapshot, model, evaluated, keys, (event, update) in product(
+            stances, [False, True], small, small, [(0, False), (1, False), (1, True)], [(0, 0), (1, 0), (1, 1)]
+        )
     ]
     offers = [
-        Offered(phase, (round_, 1), 1, cohort, True, frozenset(sums))
-        for phase, round_, cohort, sums in product(phases, [0, 1, 2], [False, True], [(), (1,)])
+        Offered(phase, (round_, 1), 1, cohort, True, frozenset(sums), epoch, checkpoint)
+        for phase, round_, cohort, (sums, epoch, checkpoint) in product(
+            phases, [0, 1, 2], [False, True], [((), 0, 0), ((1,), 1, 0), ((), 1, 1)]
+        )
     ]
     return list(product(facts, offers))
 
@@ -124,7 +178,7 @@ def test_every_pair_has_one_action_and_every_row_is_reached() -> None:
     assert reached == {row.name for row in TABLE}
 
 
-def test_nothing_happens_for_a_run_that_was_refused_or_never_judged() -> None:
+def test_nothing_happens_for_a_run_that_was_refused_never_judged_or_halted() -> None:
     for facts, offer in every_pair():
         action = decide(facts, offer)
         if facts.stance in (Stance.REFUSED, Stance.CLOSED):
@@ -133,3 +187,5 @@ def test_nothing_happens_for_a_run_that_was_refused_or_never_judged() -> None:
             assert action in (Action.WAIT, Action.JUDGE)
         if action in (Action.TRAIN, Action.OPEN_EVENT, Action.ENCODE, Action.UPLOAD):
             assert facts.stance is Stance.JOINED and offer.phase == "OPEN" and offer.in_cohort
+        if facts.halting and facts.stance is Stance.JOINED and facts.has_snapshot and facts.model_round >= 0:
+            assert action in (Action.HALT, Action.CLOSE, Action.WAIT)
