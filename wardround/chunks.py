@@ -106,8 +106,8 @@ def gate(data: bytes | memoryview, layout: "Layout | None", declared_patients: i
             raise MessageError(f"a packed field must lie in 0..{MAX_CODE}, got {fields.max()}")
 
 
-def unpack_fields(coefficients: np.ndarray, field_bits: int = FIELD_BITS) -> Iterator[np.ndarray]:
+def unpack_fields(coefficients: np.ndarray) -> Iterator[np.ndarray]:
     """The FIELDS interleaved fields of uint64 coefficients, lowest first; bits above them count to the last, so nothing hides."""
     for index in range(FIELDS):
-        shifted = coefficients >> np.uint64(index * field_bits)
-        yield shifted if index == FIELDS - 1 else shifted & np.uint64((1 << field_bits) - 1)
+        shifted = coefficients >> np.uint64(index * FIELD_BITS)
+        yield shifted if index == FIELDS - 1 else shifted & np.uint64((1 << FIELD_BITS) - 1)
