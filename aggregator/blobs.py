@@ -31,14 +31,15 @@ class Blobs:
         return self.folder / f"{digest.hex()}.{silo}"
 
     def durable_bytes(self, digest: bytes, silo: str) -> int:
-        """How far this silo's upload has come; the next piece begins there."""
+        """How far this silo's upload has come; the next piece begins there. It is `finish` that waits for the disk: what a power cut
+        takes from an unfinished upload shows in its size or its digest, and is sent again."""
         for path in (self.whole(digest), self._partial(digest, silo)):
             if path.exists():
                 return path.stat().st_size
         return 0
 
     def append(self, digest: bytes, silo: str, offset: int, data: bytes, num_bytes: int) -> int:
-        """Write a piece of a blob of `num_bytes`; durable bytes afterwards. A piece that is there already changes nothing.
+        """Write a piece of a blob of `num_bytes`; how many bytes there are then. A piece that is there already changes nothing.
 
         Raises MessageError for a gap or an end beyond `num_bytes`, StorageError when the disk is full: then nothing was lost.
         """
@@ -49,7 +50,6 @@ class Blobs:
         if self.whole(digest).exists():
             return num_bytes
         with _disk_errors(num_bytes - offset):
-            made = not self._partial(digest, silo).exists()
             descriptor = os.open(self._partial(digest, silo), os.O_WRONLY | os.O_CREAT, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)  # a silo that dialled twice writes one piece at a time
@@ -58,9 +58,7 @@ class Blobs:
                     raise MessageError(f"the next piece begins at {durable}, this one at {offset}: ask BeginUpload where to go on")
                 fresh = data[durable - offset :]
                 if fresh:
-                    _write_durably(descriptor, fresh, durable)
-                if made:
-                    self._sync_folder()
+                    _write(descriptor, fresh, durable)
                 return durable + len(fresh)
             finally:
                 os.close(descriptor)
@@ -74,6 +72,8 @@ class Blobs:
         durable = path.stat().st_size if path.exists() else 0
         if durable != num_bytes:
             raise MessageError(f"the upload has {num_bytes} bytes by its header, only {durable} have arrived: send the rest first")
+        with _disk_errors(num_bytes), path.open("rb") as file:
+            os.fsync(file.fileno())
         try:
             gate(path)
         except MessageError:
@@ -139,14 +139,13 @@ class Blobs:
             os.close(descriptor)
 
 
-def _write_durably(descriptor: int, data: bytes, offset: int) -> None:
-    """Write at `offset` and wait for the disk; when that fails, the file ends where it ended before."""
+def _write(descriptor: int, data: bytes, offset: int) -> None:
+    """Write at `offset`; when that fails, the file ends where it ended before."""
     try:
         os.lseek(descriptor, offset, os.SEEK_SET)
         view = memoryview(data)
         while view:
             view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
     except OSError:
         os.ftruncate(descriptor, offset)
         raise

@@ -4,11 +4,8 @@ A coefficient of the update holds two fields, each with headroom so that all sil
 says how much). Control coefficients are one integer each: ControlMap says which is which.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from wardround.errors import MessageError
 
@@ -65,10 +62,3 @@ def num_chunks(layout: "Layout | None") -> int:
 def metric_names(classes: tuple[str, ...]) -> tuple[str, ...]:
     """What a segmentation plan measures, in the order of the control chunk."""
     return ("dice", *(f"dice/{name}" for name in classes[1:]), "hd95_mm")
-
-
-def unpack_fields(coefficients: np.ndarray, field_bits: int) -> Iterator[np.ndarray]:
-    """The FIELDS interleaved fields of uint64 coefficients, lowest first; bits above them count to the last, so nothing hides."""
-    for index in range(FIELDS):
-        shifted = coefficients >> np.uint64(index * field_bits)
-        yield shifted if index == FIELDS - 1 else shifted & np.uint64((1 << field_bits) - 1)

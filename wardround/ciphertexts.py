@@ -31,7 +31,7 @@ PLAINTEXT_HEAD = 48 + HEADER_BYTES + 8
 def numbers(parameters: HeParameters, data: Buffer, what: str) -> np.ndarray:
     """uint64 [n] of n coefficients on the wire. Raises MessageError, beginning with `what`, for a coefficient of q or more."""
     width = parameters.coefficient_bytes
-    found = np.empty(len(data) // width, dtype="<u8")
+    found: np.ndarray = np.empty(len(data) // width, dtype="<u8")
     found[:-1] = np.ndarray(found.size - 1, "<u8", data, strides=(width,))  # each reads into the next, which the mask takes away
     found[-1] = int.from_bytes(data[-width:], "little")
     found &= np.uint64((1 << 8 * width) - 1)

@@ -36,17 +36,22 @@ def encrypt(parameters: HeParameters, secret_key: bytes, coefficients: np.ndarra
         encryptor = sealapi.Encryptor(memory.context, _key(parameters, memory, secret_key))
         for row in coefficients:
             c0, seed = memory.saved_upload(encryptor.encrypt_zero_symmetric())
-            out.write(wire(parameters, reduced(parameters, c0 + _scaled(parameters, row))))
+            total = _scaled(parameters, row)
+            total += c0
+            out.write(wire(parameters, reduced(parameters, total)))
             out.write(seed)
     return out.getvalue()
 
 
 def _scaled(parameters: HeParameters, m: np.ndarray) -> np.ndarray:
     """round(m q / t), uint64, exactly: with q = 2^k - d it is m 2^k / t - round(m d / t), and m d stays below 2^62 in every row."""
-    power = parameters.prime.bit_length()
-    log_t = parameters.plain_modulus.bit_length() - 1
-    below = np.uint64((1 << power) - parameters.prime)
-    return (m << np.uint64(power - log_t)) - ((m * below + np.uint64(parameters.plain_modulus // 2)) >> np.uint64(log_t))
+    power, log_t = parameters.prime.bit_length(), parameters.plain_modulus.bit_length() - 1
+    below = m * np.uint64((1 << power) - parameters.prime)
+    below += np.uint64(parameters.plain_modulus // 2)
+    below >>= np.uint64(log_t)
+    scaled = m << np.uint64(power - log_t)
+    scaled -= below
+    return scaled
 
 
 def decrypt(parameters: HeParameters, secret_key: bytes, data: Buffer) -> np.ndarray:

@@ -16,12 +16,12 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from wardround.canonical import canonical_json, frame, sha256
-from wardround.chunks import COEFFICIENTS, FIELDS, unpack_fields
+from wardround.chunks import COEFFICIENTS, FIELDS
 from wardround.errors import IntegrityError
 from wardround.he import DEFAULT, HeParameters
 from wardround.layout import Layout
 
-BLOCK = 1 << 14  # values encoded at a time: what stays in the processor's cache
+BLOCK = 1 << 15  # values encoded at a time: what stays in the processor's cache
 MOMENT_UNITS = 2.0**30  # second moments travel as multiples of c_T^2 * 2^-30, at most HeParameters.max_control of them
 SATURATED_FRACTION = 1e-4  # of a tensor, above which its bound doubles
 MIN_RMS = 0.05
@@ -143,8 +143,11 @@ def pack(fields: np.ndarray, parameters: HeParameters = DEFAULT) -> np.ndarray:
 def unpack(coefficients: np.ndarray, num_parameters: int, parameters: HeParameters = DEFAULT) -> np.ndarray:
     """uint64 [num_parameters] fields of uint64 coefficients [num_chunks, 4096]. Raises IntegrityError unless the rest is zero."""
     fields = np.empty(FIELDS * coefficients.size, dtype=np.uint64)
-    for index, part in enumerate(unpack_fields(coefficients.reshape(-1), parameters.field_bits)):
-        fields[index::FIELDS] = part
+    for index in range(FIELDS):
+        part = fields[index::FIELDS]
+        np.right_shift(coefficients.reshape(-1), np.uint64(index * parameters.field_bits), out=part)
+        if index < FIELDS - 1:  # bits above them count to the last, so nothing hides
+            part &= np.uint64((1 << parameters.field_bits) - 1)
     if fields[num_parameters:].any():
         raise IntegrityError("the sum holds something behind its last parameter")
     return fields[:num_parameters]

@@ -41,11 +41,14 @@ def test_pieces_by_offset_then_whole(blobs: Blobs) -> None:
     assert blobs.durable_bytes(DIGEST, "b") == len(DATA)  # another silo with the very same bytes
 
 
-def test_each_piece_is_on_the_disk_before_it_is_acknowledged(blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_is_on_the_disk_before_it_is_verified_and_has_its_name(blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
     blobs.append(DIGEST, "a", 0, DATA[:700], len(DATA))
-    assert 700 in synced
+    blobs.append(DIGEST, "a", 700, DATA[700:], len(DATA))
+    assert synced == []  # a piece is fast; a power cut takes at most what is sent again
+    blobs.finish(DIGEST, "a", len(DATA), lambda _: synced.append(-1))
+    assert synced[:2] == [len(DATA), -1] and len(synced) == 3  # the file, the gate, the folder with its new name
 
 
 def test_what_the_gate_refuses_is_thrown_away(blobs: Blobs) -> None:
@@ -59,23 +62,26 @@ def test_what_the_gate_refuses_is_thrown_away(blobs: Blobs) -> None:
     assert blobs.durable_bytes(DIGEST, "a") == 0
 
 
-@pytest.mark.parametrize("where", ["write", "fsync"])
-def test_a_full_disk_loses_nothing(blobs: Blobs, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_a_full_disk_loses_nothing(blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
     blobs.append(DIGEST, "a", 0, DATA[:700], len(DATA))
     real = os.write
 
     def full(descriptor: int, data: Any = b"") -> int:
-        if where == "write" and len(data) > 100:
+        if len(data) > 100:
             return real(descriptor, data[:100])  # the disk takes a little, then nothing
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, where, full)
+        patch.setattr(os, "write", full)
         with pytest.raises(StorageError, match=r"the spool is full: 1300 bytes were needed") as caught:
             blobs.append(DIGEST, "a", 700, DATA[700:900], len(DATA))
         assert caught.value.retryable
     assert blobs.durable_bytes(DIGEST, "a") == 700
     blobs.append(DIGEST, "a", 700, DATA[700:], len(DATA))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: full(0))
+        with pytest.raises(StorageError, match="the spool is full"):
+            blobs.finish(DIGEST, "a", len(DATA), passes)
     blobs.finish(DIGEST, "a", len(DATA), passes)
 
 

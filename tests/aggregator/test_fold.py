@@ -9,6 +9,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from hashlib import sha256
 from itertools import permutations
 from pathlib import Path
@@ -229,8 +230,8 @@ def test_it_does_not_outlive_a_killed_server(blobs: Blobs) -> None:
         with blobs.whole(digest).open("wb", buffering=0) as file:
             owner.kill()
             owner.wait()
-            file.write(data[: ROW.upload_chunk_bytes])  # the rest never comes, but the next chunk begins
-            file.write(data[ROW.upload_chunk_bytes :])
+            with suppress(BrokenPipeError):  # it may see the end of its pipe before the first chunk
+                file.write(data)
             until(
                 lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0]
             )
