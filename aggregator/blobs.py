@@ -31,7 +31,7 @@ class Blobs:
         return self.folder / f"{digest.hex()}.{silo}"
 
     def durable_bytes(self, digest: bytes, silo: str) -> int:
-        """How far this silo's upload has come; the next piece begins there. It is `finish` that waits for the disk: what a power cut
+        """How far this silo's upload has come; the next piece begins there. `finish` waits for the disk: what a power cut
         takes from an unfinished upload shows in its size or its digest, and is sent again."""
         for path in (self.whole(digest), self._partial(digest, silo)):
             if path.exists():

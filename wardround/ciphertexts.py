@@ -48,7 +48,8 @@ def wire(parameters: HeParameters, coefficients: np.ndarray) -> bytes:
 
 def reduced(parameters: HeParameters, total: np.ndarray) -> np.ndarray:
     """uint64 values below 2 q, modulo q: where one is below q already, subtracting q wraps around to something large."""
-    return np.minimum(total, total - np.uint64(parameters.prime))
+    least: np.ndarray = np.minimum(total, total - np.uint64(parameters.prime))
+    return least
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
-import numpy as np
 import pytest
 
-from wardround.chunks import COEFFICIENTS, ControlMap, metric_names, num_chunks, unpack_fields
+from wardround.chunks import COEFFICIENTS, ControlMap, metric_names, num_chunks
 from wardround.errors import MessageError
 from wardround.layout import Array, Layout
 
@@ -23,9 +22,3 @@ def test_the_control_map_by_hand():
     assert ControlMap(2044, ("x",) * 4).used == COEFFICIENTS
     with pytest.raises(MessageError, match="do not fit"):
         ControlMap(2044, ("x",) * 5)
-
-
-def test_fields_unpack_lowest_first():
-    low, high = unpack_fields(np.array([65534 | 32767 << 21, 1 << 42], np.uint64), 21)
-    assert low.tolist() == [65534, 0]
-    assert high.tolist() == [32767, 1 << 21]  # what lies above both fields counts to the last: the range check sees it
