@@ -3,175 +3,29 @@
 The aggregator of these tests is hostile where the test says so. Each lie is otherwise a whole, signed, consistent round.
 """
 
-import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
+from tenseal import sealapi
 
 from aggregator.services.statements import MAX_TEXT_CHARS
-from silo_agent.agent import Agent
-from silo_agent.client import Client
-from silo_agent.custody.policy import load_policy
-from silo_agent.desk import Desk
-from silo_agent.launch.process import Helper
-from silo_agent.round import Stance, next_row
-from silo_agent.secure_sum.check import CLEAR_EPOCH_SECRET, control_chunk, upload_bytes
-from silo_agent.secure_sum.packing import encode
-from silo_agent.work import IngestResult, TrainerResult, TrainerWork
+from silo_agent.round import Stance
+from silo_agent.secure_sum.encryption import decrypt, encrypt, new_secret_key
+from silo_agent.work import IngestResult
+from tests.silo_agent.world import HE, LAYOUT, RUN, SILOS, UPDATE, World, added
 from tests.support import hospital as support
-from tests.support.hospital import PEERS, Hospital
 from tests.support.identities import ed25519
 from tests.support.plans import tiny
 from wardround import audit
-from wardround.canonical import sha256
-from wardround.chunks import CLEAR_HE_DIGEST, ControlMap, clear_coefficients, metric_names, num_chunks
+from wardround.chunks import COEFFICIENTS, num_chunks
+from wardround.ciphertexts import numbers, scratch, wire
 from wardround.errors import ConflictError, DataError, IntegrityError, MessageError, StorageError, WardroundError
-from wardround.layout import layout_of
-from wardround.messages import NO_EPOCH, cohort_digest, opened, round_ctx, run_ctx, sign
+from wardround.messages import cohort_digest, run_ctx, sign
 from wardround.pb import federation_pb2 as pb
-
-RUN = "tiny-1"
-PLAN = tiny({"min_silos": 2})
-LAYOUT = layout_of(PLAN)
-SILOS = ["charite", "leuven", "st-marys"]
-MODEL = np.linspace(-1, 1, LAYOUT.num_parameters, dtype="<f4")
-UPDATE = np.full(LAYOUT.num_parameters, 0.01, dtype="<f4")
-CONTROL = ControlMap(len(LAYOUT.arrays), metric_names(PLAN.classes))
-
-
-class Helpers:
-    """The desk, its helpers already done. Never a process."""
-
-    def __init__(self) -> None:
-        self.works: list[Any] = []
-        self.update: np.ndarray = UPDATE
-        self.snapshot: IngestResult | WardroundError = IngestResult("5" * 64, patients={"train": 12, "validation": 3})
-
-    def submit(self, work: Any) -> str:
-        self.works.append(work)
-        return "x-1"
-
-    def wait(self, work_id: str, timeout_s: float) -> Any:
-        work = self.works[-1]
-        if not isinstance(work, TrainerWork):
-            if isinstance(self.snapshot, WardroundError):
-                raise self.snapshot
-            return self.snapshot
-        if work.kind == "evaluate":
-            return TrainerResult(metrics={name: 0.5 for name in metric_names(PLAN.classes)}, num_patients=3)
-        return TrainerResult(values=(MODEL if work.kind == "initialize" else self.update).tobytes(), num_patients=12)
-
-    def ensure(self) -> bool:
-        return False
-
-    def stop(self) -> None:
-        """Nothing runs."""
-
-
-class World:
-    """leuven's agent and what is offered to it."""
-
-    def __init__(self, folder: Path, policy: dict[str, Any] | None = None, seed: int | None = 7) -> None:
-        self.hospital = Hospital(folder, policy)
-        self.roster_digest = self.hospital.publish()
-        self.state, self.helpers, self.client = self.hospital.state, Helpers(), support.Client()
-        self.agent = Agent(
-            self.hospital.settings,
-            load_policy(self.hospital.settings.policy),
-            self.hospital.keys,
-            self.state,
-            cast(Desk, self.helpers),
-            cast(dict[str, Helper], {"trainer": self.helpers, "ingest": self.helpers}),
-            seed,
-        )
-        self.agent.membership._client = cast(Client, self.client)
-        self.keys = {"leuven": self.hospital.keys.identity} | {name: ed25519(number) for name, number in PEERS.items()}
-
-    def step(self, offer: pb.Offer) -> str:
-        """One row; its name."""
-        row = next_row(self.state.facts(offer.run), self.agent._offered(offer))
-        self.agent.perform(row, offer)
-        return row.name
-
-    def steps(self, offer: pb.Offer, *names: str) -> None:
-        assert [self.step(offer) for _ in names] == list(names)
-
-    def invited(self, **changed: Any) -> pb.Offer:
-        facts = pb.Round(plan_digest=changed.pop("plan_digest", PLAN.digest))
-        return pb.Offer(**{"phase": pb.INVITED, "run": RUN, "plan": PLAN.canonical(), "facts": facts} | changed)
-
-    def join(self) -> None:
-        self.steps(self.invited(), "judge", "snapshot", "initialize", "join")
-
-    def facts(self, attempt: int = 1, **changed: Any) -> pb.Round:
-        model = self.state.model(RUN, 0)
-        values = {
-            "protocol": 1, "federation": "neuro", "round": 1, "attempt": attempt, "plan_digest": PLAN.digest,
-            "layout_digest": LAYOUT.digest, "bounds_digest": self.own_join().bounds_digest, "he_digest": CLEAR_HE_DIGEST,
-            "key_epoch": 0, "epoch_commitment": NO_EPOCH, "roster_digest": self.roster_digest,
-            "previous_model_mac": model["mac"], "cohort": SILOS, "cap": 20, "roster_version": 1,
-        }  # fmt: skip
-        facts = pb.Round(**values | changed)
-        facts.ctx = round_ctx(facts, RUN)
-        return facts
-
-    def own_join(self) -> pb.Join:
-        row = self.state.run(RUN)
-        assert row is not None
-        return pb.Join.FromString(pb.Signed.FromString(row["statement"]).body)
-
-    def joins(self) -> list[pb.Signed]:
-        ctx = run_ctx("neuro", RUN, PLAN.digest)
-        return [sign("join", ctx, self.own_join(), silo, self.keys[silo]) for silo in SILOS]
-
-    def open(self, attempt: int = 1, **changed: Any) -> pb.Offer:
-        return pb.Offer(phase=pb.OPEN, run=RUN, facts=self.facts(attempt, **changed), joins=self.joins())
-
-    def upload(self, attempt: int = 1) -> None:
-        offer = self.open(attempt)
-        begin = () if attempt > 1 else ("evaluate", "open event", "train")
-        self.steps(offer, *begin, "encode", "upload")
-
-    def content(self, silo: str, facts: pb.Round) -> bytes:
-        """What `silo` uploads: leuven's own, or the same update under another rounding."""
-        if silo == "leuven":
-            return self.client.uploads[-1]
-        exponents = tuple(json.loads(self.state.model(RUN, 0)["exponents"]))
-        encoded = encode(UPDATE, LAYOUT, exponents, 1.0, silo.ljust(32).encode())
-        return upload_bytes(control_chunk(CONTROL, 20, encoded, None, facts.ctx, CLEAR_EPOCH_SECRET), encoded)
-
-    def headers(self, silos: list[str], facts: pb.Round, **changed: Any) -> list[pb.Signed]:
-        signed = []
-        for silo in silos:
-            content = self.content(silo, facts)
-            values = {
-                "run": RUN, "round": 1, "attempt": facts.attempt, "silo": silo, "content_digest": sha256(content),
-                "num_chunks": num_chunks(LAYOUT), "content_bytes": len(content), "declared_patients": 20, "cap": 20,
-            }  # fmt: skip
-            extra = changed if silo != "leuven" else {}
-            signed.append(sign("upload", facts.ctx, pb.UploadHeader(**values | extra), silo, self.keys[silo]))
-        return signed
-
-    def sealed(self, silos: list[str] = SILOS, attempt: int = 1, **changed: Any) -> pb.Offer:
-        facts = self.facts(attempt)
-        return pb.Offer(phase=pb.SEALED, run=RUN, facts=facts, joins=self.joins(), uploads=self.headers(silos, facts, **changed))
-
-    def published(self, silos: list[str] = SILOS, reports: list[pb.Signed] | None = None, attempt: int = 1) -> pb.Offer:
-        facts = self.facts(attempt)
-        total = sum(clear_coefficients(self.content(silo, facts), LAYOUT) for silo in silos)
-        blob = cast(Any, total).astype("<u8").tobytes()
-        self.client.blobs[sha256(blob)] = blob
-        made = pb.Sum(
-            facts=facts, uploads=self.headers(silos, facts), reports=reports or [], digest=sha256(blob), num_bytes=len(blob)
-        )
-        return pb.Offer(phase=pb.EVALUATING, run=RUN, facts=facts, sums=[made])
-
-    def last(self, kind: type, ctx: bytes) -> Any:
-        return opened(self.client.posted[-1], kind, ctx, self.hospital.keys.identity_public)
 
 
 @pytest.fixture
@@ -183,22 +37,17 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def test_a_round_from_invitation_to_report(world: World) -> None:
     """The honest story, which every lie below is one step away from."""
-    world.join()
+    world.joined()
     world.upload()
     world.steps(world.sealed(), "seal")
     ctx = world.facts().ctx
     seal = world.last(pb.Seal, ctx)
     assert list(seal.u3) == SILOS and seal.cohort_digest == cohort_digest(ctx, SILOS)
-    world.steps(
-        world.published(),
-        "apply",
-        "evaluate",
-        "report",
-    )
+    world.steps(world.published(), "apply", "evaluate", "report")
     report = world.last(pb.ModelReport, ctx)
     model = world.state.model(RUN, 1)
     assert (report.round, report.model_mac) == (1, model["mac"]) and model["mac"] != world.state.model(RUN, 0)["mac"]
-    assert [signed.message for signed in world.client.posted] == ["join", "seal", "model-report"]
+    assert world.posted == ["join", "epoch-ack", "seal", "model-report"]
     assert len(world.client.uploads) == 1
 
 
@@ -222,7 +71,7 @@ def test_a_plan_that_its_digest_does_not_name_is_refused(world: World) -> None:
 def test_a_plan_against_the_policy_is_refused_with_the_line_that_says_so(tmp_path: Path) -> None:
     world = World(tmp_path, policy={}, seed=None)
     told = refusal(world, world.invited())
-    assert told.code == "policy" and "allow_clear" in told.reason
+    assert told.code == "policy" and "min_silos is 3" in told.reason
     world.state.close()
 
 
@@ -241,14 +90,14 @@ def test_a_plan_that_is_no_plan_is_refused(world: World) -> None:
 def test_a_long_reason_is_cut_to_what_the_aggregator_takes(world: World) -> None:
     world.helpers.snapshot = DataError("line\n" * 500)
     world.steps(world.invited(), "judge", "snapshot", "refuse")
-    told = world.last(pb.Refusal, run_ctx("neuro", RUN, PLAN.digest))
+    told = world.last(pb.Refusal, run_ctx("neuro", RUN, world.plan.digest))
     assert told.reason.isprintable() and len(told.reason) == MAX_TEXT_CHARS and told.reason.endswith("...")
 
 
 def test_data_that_cannot_be_used_is_a_refusal_with_its_reason(world: World) -> None:
     world.helpers.snapshot = DataError("no patient is usable")
     world.steps(world.invited(), "judge", "snapshot", "refuse")
-    told = world.last(pb.Refusal, run_ctx("neuro", RUN, PLAN.digest))
+    told = world.last(pb.Refusal, run_ctx("neuro", RUN, world.plan.digest))
     assert (told.code, told.reason) == ("data", "no patient is usable")
 
 
@@ -266,7 +115,7 @@ def test_a_broken_helper_is_no_refusal(world: World) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_an_update_that_is_not_finite_is_not_sent(world: World, value: float) -> None:
-    world.join()
+    world.joined()
     world.helpers.update = UPDATE.copy()
     world.helpers.update[7] = value
     world.steps(world.open(), "evaluate", "open event", "train")
@@ -276,7 +125,7 @@ def test_an_update_that_is_not_finite_is_not_sent(world: World, value: float) ->
 
 
 def test_an_update_of_another_size_is_not_kept(world: World) -> None:
-    world.join()
+    world.joined()
     world.helpers.update = UPDATE[:-1]
     world.steps(world.open(), "evaluate", "open event")
     with pytest.raises(MessageError, match=f"the trainer delivered {LAYOUT.num_bytes - 4} bytes, the layout has"):
@@ -292,10 +141,13 @@ def test_an_update_of_another_size_is_not_kept(world: World) -> None:
         ({"bounds_digest": b"b" * 32}, "bounds_digest is not this silo's"),
         ({"roster_version": 2}, "roster version 2, which this hospital has not approved"),
         ({"roster_digest": b"r" * 32}, "roster_digest is not this silo's"),
+        ({"he_digest": b"h" * 32}, "he_digest is not this silo's"),
+        ({"epoch_commitment": b"c" * 32}, "epoch_commitment is not this silo's"),
+        ({"key_epoch": 7}, "speaks of key epoch 7, whose keys this silo does not hold: nothing is sent before a member"),
     ],
 )
 def test_a_round_on_other_facts_gets_no_event_and_no_upload(world: World, changed: dict[str, Any], error: str) -> None:
-    world.join()
+    world.joined()
     world.step(world.open())
     with pytest.raises(WardroundError, match=error):
         world.step(world.open(**changed))
@@ -303,21 +155,27 @@ def test_a_round_on_other_facts_gets_no_event_and_no_upload(world: World, change
 
 
 def test_a_cap_below_what_was_declared_gets_no_upload(world: World) -> None:
-    world.join()
+    world.joined()
     world.steps(world.open(), "evaluate", "open event", "train")
     with pytest.raises(IntegrityError, match="cap of 19 is below"):
         world.step(world.open(cap=19))
     assert world.client.uploads == []
 
 
+def opened_upload(content: bytes, he_secret_key: bytes) -> np.ndarray:
+    """A sum of one, which every silo of the key epoch could read: masks come next."""
+    return decrypt(HE, he_secret_key, added([content]))
+
+
 def test_a_next_attempt_sends_the_same_update_again(world: World) -> None:
     """No second training, no second look at the patients."""
-    world.join()
+    world.joined()
     world.upload()
     trained = len(world.helpers.works)
     world.upload(attempt=2)
     assert len(world.helpers.works) == trained
-    first, second = (clear_coefficients(content, LAYOUT) for content in world.client.uploads)
+    keys = world.epochs[1]
+    first, second = (opened_upload(content, keys.he_secret_key) for content in world.client.uploads)
     assert (first[1:] == second[1:]).all() and (first[0] != second[0]).any()  # only the check of another ctx differs
 
 
@@ -325,7 +183,7 @@ def test_a_next_attempt_sends_the_same_update_again(world: World) -> None:
 
 
 def test_a_set_without_this_silos_own_upload_is_not_sealed(world: World) -> None:
-    world.join()
+    world.joined()
     world.upload()
     offer = world.sealed(["charite", "st-marys"])
     offer.uploads.append(world.headers(["leuven"], offer.facts)[0])
@@ -334,19 +192,19 @@ def test_a_set_without_this_silos_own_upload_is_not_sealed(world: World) -> None
     offer.uploads[-1].CopyFrom(sign("upload", offer.facts.ctx, own, "leuven", world.keys["leuven"]))
     with pytest.raises(IntegrityError, match="does not hold this silo's own upload: nothing is signed"):
         world.step(offer)
-    assert [signed.message for signed in world.client.posted] == ["join"]
+    assert world.posted == ["join", "epoch-ack"]
 
 
 def test_an_upload_that_declares_other_patients_than_its_join_is_not_sealed(world: World) -> None:
-    world.join()
+    world.joined()
     world.upload()
     with pytest.raises(IntegrityError, match="declares other patients than its Join"):
         world.step(world.sealed(declared_patients=10))
-    assert [signed.message for signed in world.client.posted] == ["join"]
+    assert world.posted == ["join", "epoch-ack"]
 
 
 def test_two_sets_for_one_attempt_get_one_seal(world: World) -> None:
-    world.join()
+    world.joined()
     world.upload()
     world.steps(world.sealed(), "seal")
     with sqlite3.connect(world.hospital.settings.data / "state.sqlite") as db:
@@ -360,7 +218,7 @@ def test_two_sets_for_one_attempt_get_one_seal(world: World) -> None:
 
 
 def test_a_sum_of_another_set_than_the_sealed_one_is_not_even_fetched(world: World) -> None:
-    world.join()
+    world.joined()
     world.upload()
     world.steps(world.sealed(), "seal")
     with pytest.raises(IntegrityError, match="another set of silos than the one this silo sealed"):
@@ -368,28 +226,148 @@ def test_a_sum_of_another_set_than_the_sealed_one_is_not_even_fetched(world: Wor
     assert world.client.fetched == 0 and world.state.facts(RUN).model_round == 0
 
 
-def test_a_sum_that_is_not_of_its_uploads_is_not_applied(world: World) -> None:
-    world.join()
+# --- sums that fail their check ------------------------------------------------------------------------------------------------
+
+
+def pieces(blob: bytes, size: int) -> list[bytes]:
+    return [blob[at : at + size] for at in range(0, len(blob), size)]
+
+
+def doubled(uploads: list[bytes]) -> bytes:
+    return added([*uploads, uploads[0]])
+
+
+def left_out(uploads: list[bytes]) -> bytes:
+    return added(uploads[:-1])
+
+
+def left_out_of_one_chunk(uploads: list[bytes]) -> bytes:
+    whole, short = (pieces(added(silos), HE.sum_chunk_bytes) for silos in (uploads, uploads[:-1]))
+    return whole[0] + short[1]
+
+
+def one_twice_in_place_of_another(uploads: list[bytes]) -> bytes:
+    return added([uploads[0], uploads[0], *uploads[2:]])
+
+
+def swapped(uploads: list[bytes]) -> bytes:
+    return b"".join(reversed(pieces(added(uploads), HE.sum_chunk_bytes)))
+
+
+def shifted(uploads: list[bytes]) -> bytes:
+    """By add_plain, which needs no key: one parameter of the model by one step of one silo."""
+    control, update = pieces(added(uploads), HE.sum_chunk_bytes)
+    with scratch(HE) as memory:
+        ciphertext = sealapi.Ciphertext()
+        memory.load_sum(ciphertext, numbers(HE, update, "the update"))
+        sealapi.Evaluator(memory.context).add_plain_inplace(ciphertext, sealapi.Plaintext("1x^3"))
+        return control + wire(HE, memory.saved_sum(ciphertext))
+
+
+def no_numbers_below_q(uploads: list[bytes]) -> bytes:
+    return b"\xff" * HE.sum_bytes(LAYOUT)
+
+
+LIES = [doubled, left_out, left_out_of_one_chunk, one_twice_in_place_of_another, swapped, shifted, no_numbers_below_q]
+
+
+def halted(world: World, lie: pb.Offer) -> pb.Halt:
+    """The keys go, then the Halt, once; no model is kept, and nothing the aggregator offers afterwards moves this silo."""
+    before, number = world.state.facts(RUN).model_round, max(world.epochs)
+    world.steps(lie, "apply")
+    epoch = world.state.epoch(RUN, number)
+    assert epoch is not None and epoch["secrets"] is None and world.state.facts(RUN).model_round == before
+    honest = world.published(round_=before + 1)
+    offers = [lie, honest, world.open(attempt=2, round_=before + 1), world.keying(number + 1, before + 1)]
+    assert [world.due(offer) for offer in offers] == ["halt"] * 4
+    world.steps(honest, "halt")
+    told: pb.Halt = world.last(pb.Halt, run_ctx("neuro", RUN, world.plan.digest))
+    sent = world.client.sent
+    world.start()
+    assert [world.due(offer) for offer in offers] == ["settled"] * 4
+    for action in (world.agent._apply, world.agent._encode, world.agent._open_event):  # even if the table let it
+        with pytest.raises(IntegrityError, match=f"keys of key epoch {number} are destroyed: nothing can be summed under it"):
+            action(honest)
+    assert world.client.sent == sent and world.posted.count("halt") == 1
+    return told
+
+
+@pytest.mark.parametrize("add", LIES, ids=lambda add: add.__name__)
+def test_a_sum_that_is_not_of_its_uploads_halts_the_run(world: World, add: Callable[[list[bytes]], bytes]) -> None:
+    world.joined()
     world.upload()
     world.steps(world.sealed(), "seal")
-    offer = world.published()
-    short = world.published(["charite", "leuven"]).sums[0]
-    offer.sums[0].digest, offer.sums[0].num_bytes = short.digest, short.num_bytes
-    with pytest.raises(IntegrityError, match="the sum counts 2 updates, 3 were sealed"):
-        world.step(offer)
-    assert world.state.facts(RUN).model_round == 0
+    told = halted(world, world.published(add=add))
+    assert (told.run, told.round, told.attempt) == (RUN, 1, 1)
+    assert not any(character.isdigit() for character in told.reason), "a number out of the sum answers the aggregator's question"
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["control", "update"])
+def test_a_chunk_of_an_old_round_halts_the_run(world: World, index: int) -> None:
+    world.joined()
+    world.sum_round()
+    old = pieces(next(iter(world.client.blobs.values())), HE.sum_chunk_bytes)
+    world.upload(round_=2)
+    world.steps(world.sealed(round_=2), "seal")
+
+    def mixed(uploads: list[bytes]) -> bytes:
+        chunks = pieces(added(uploads), HE.sum_chunk_bytes)
+        return b"".join(old[at] if at == index else chunk for at, chunk in enumerate(chunks))
+
+    assert halted(world, world.published(round_=2, add=mixed)).round == 2
+
+
+def test_an_upload_under_the_keys_of_another_epoch_halts_the_run(world: World) -> None:
+    """The sum decrypts to noise."""
+    world.joined()
+    world.upload()
+    world.steps(world.sealed(), "seal")
+    keys, chunk = new_secret_key(HE), np.ones((num_chunks(LAYOUT), COEFFICIENTS), np.uint64)
+    halted(world, world.published(add=lambda uploads: added([encrypt(HE, keys, chunk), *uploads[1:]])))
+
+
+def test_a_blob_of_another_size_is_not_even_fetched(world: World) -> None:
+    """No ciphertext was looked at, so nothing was answered: the keys stay."""
+    world.joined()
+    world.upload()
+    world.steps(world.sealed(), "seal")
+    with pytest.raises(IntegrityError, match=f"offers {HE.sum_chunk_bytes} bytes of round 1, not {HE.sum_bytes(LAYOUT)}"):
+        world.step(world.published(add=lambda uploads: added(uploads)[: HE.sum_chunk_bytes]))
+    assert world.client.fetched == 0
+    world.steps(world.published(), "apply")
+
+
+def test_a_halt_that_got_no_answer_is_sent_again_as_it_was(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.joined()
+    world.upload()
+    world.steps(world.sealed(), "seal")
+    lie = world.published(add=doubled)
+    world.steps(lie, "apply")
+    with monkeypatch.context() as killed:
+        killed.setattr(world.agent, "_close", lambda offer: None)  # killed between the answer and its note
+        world.steps(lie, "halt")
+    world.start()
+    world.steps(lie, "halt")
+    first, second = (signed for signed in world.client.posted if signed.message == "halt")
+    assert first == second and world.due(lie) == "settled"
+
+
+def test_a_run_that_failed_meanwhile_closes_without_a_halt(world: World) -> None:
+    world.joined()
+    world.upload()
+    lie = world.published(add=doubled)
+    world.steps(lie, "apply")
+    world.steps(pb.Offer(phase=pb.FAILED, run=RUN), "halted")
+    assert "halt" not in world.posted and world.due(lie) == "settled"
 
 
 def test_a_silo_that_reports_another_model_halts_this_one(world: World) -> None:
-    world.join()
+    world.joined()
     world.upload()
     world.steps(world.sealed(), "seal")
     ctx = world.facts().ctx
     lie = sign("model-report", ctx, pb.ModelReport(round=1, model_mac=b"m" * 32), "charite", world.keys["charite"])
-    with pytest.raises(IntegrityError, match="charite reports another model for round 1"):
-        world.step(world.published(reports=[lie]))
-    assert world.state.facts(RUN).model_round == 0
-    assert [signed.message for signed in world.client.posted] == ["join", "seal"]
+    assert "charite reports another model for round 1" in halted(world, world.published(reports=[lie])).reason
 
 
 # --- the aggregator's chain ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from tests.support.identities import OPERATOR, ed25519, member
 from tests.support.plans import TINY
 from wardround.canonical import digest_name
 from wardround.errors import IdentityError
+from wardround.pb import federation_pb2 as pb
 from wardround.roster import parse_roster, propose, sign_roster
 
 Typed = Callable[..., tuple[int, str, str]]
@@ -67,15 +68,24 @@ def test_status_of_a_hospital_that_never_ran(typed: Typed) -> None:
 
 def test_status_says_what_runs_and_why_something_was_refused(hospital: Hospital, typed: Typed) -> None:
     hospital.publish()
-    hospital.state.judged("tiny-1", b"{}", b"p" * 32, "policy", "this hospital takes no clear updates")
+    hospital.state.judged("tiny-1", b"{}", b"p" * 32, "policy", "this hospital takes no models of the heart")
     hospital.state.set_activity("waiting", "round 3 of 10 waits for uploads of charite")
     facts = json.loads(typed("status", "--json")[1])
     assert facts["activity"] == "waiting: round 3 of 10 waits for uploads of charite" and facts["roster_version"] == 1
     (run,) = facts["runs"]
-    assert (run["run"], run["stance"], run["reason"]) == ("tiny-1", "refusing", "this hospital takes no clear updates")
+    assert (run["run"], run["stance"], run["reason"]) == ("tiny-1", "refusing", "this hospital takes no models of the heart")
     text = typed("status")[1]
     assert facts["activity"] in text
-    assert "tiny-1: refusing, model of round -1 this hospital takes no clear updates" in text
+    assert "tiny-1: refusing, model of round -1, key epoch 0; this hospital takes no models of the heart" in text
+
+
+def test_status_says_why_a_run_ended_with_its_keys(hospital: Hospital, typed: Typed) -> None:
+    hospital.state.judged("tiny-1", TINY.encode(), b"p" * 32, None, "")
+    halt = pb.Signed(message="halt", body=pb.Halt(run="tiny-1", round=3, reason="it failed the check").SerializeToString())
+    hospital.state.halt("tiny-1", halt.SerializeToString(), "it failed the check")
+    (run,) = json.loads(typed("status", "--json")[1])["runs"]
+    assert (run["key_epoch"], run["reason"]) == (0, "the sum of round 3 was refused: it failed the check")
+    assert "the sum of round 3 was refused: it failed the check" in typed("status")[1]
 
 
 def test_policy_check_says_yes_or_which_line_says_no(hospital: Hospital, typed: Typed, tmp_path: Path) -> None:
@@ -83,10 +93,10 @@ def test_policy_check_says_yes_or_which_line_says_no(hospital: Hospital, typed: 
     plan.write_text(TINY)
     status, out, _ = typed("policy", "check", plan, "--json")
     assert status == 0 and json.loads(out)["accepted"] is True
-    (tmp_path / "policy.yaml").write_text("{}")
+    (tmp_path / "policy.yaml").write_text("{min_silos: 5}")
     status, out, _ = typed("policy", "check", plan, "--json")
-    assert status == 3 and json.loads(out)["accepted"] is False and "allow_clear" in json.loads(out)["reason"]
-    assert "allow_clear" in refused(typed("policy", "check", plan))
+    assert status == 3 and json.loads(out)["accepted"] is False and "min_silos is 5" in json.loads(out)["reason"]
+    assert "min_silos is 5" in refused(typed("policy", "check", plan))
 
 
 def test_policy_check_names_a_dataset_that_is_not_bound(typed: Typed, tmp_path: Path) -> None:

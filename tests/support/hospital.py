@@ -29,6 +29,7 @@ class Client:
 
     def __init__(self) -> None:
         self.posted: list[pb.Signed] = []
+        self.headers: list[pb.Signed] = []
         self.uploads: list[bytes] = []
         self.blobs: dict[bytes, bytes] = {}
         self.fetched = 0
@@ -38,6 +39,7 @@ class Client:
         return pb.Receipt()
 
     def upload(self, header: pb.Signed, content: bytes) -> pb.Receipt:
+        self.headers.append(header)
         self.uploads.append(content)
         return pb.Receipt()
 
