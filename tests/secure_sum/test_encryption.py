@@ -19,13 +19,14 @@ ROW = ROWS[0]
 KEY = new_secret_key(ROW)
 LAYOUT = Layout((Array("a", (50, 100)), Array("b", (5000,))))
 CONTROL = ControlMap(2, ("dice",))
-CTX, SECRET, DECLARED = b"c" * 32, b"s" * 32, [100, 50, 200]
+CTX, SECRET, DECLARED = b"c" * 32, b"s" * 32, {"charite": 100, "leuven": 50, "st-marys": 200}
 
 
 def coefficients(silo: int) -> tuple[np.ndarray, np.ndarray]:
+    name, declared = list(DECLARED.items())[silo]
     update = np.random.default_rng(silo).normal(0, 0.3, LAYOUT.num_parameters).astype(np.float32)
-    encoded = encode(update, LAYOUT, (0, 0), DECLARED[silo] / 200, bytes([silo]) * 32, ROW)
-    control = control_chunk(CONTROL, DECLARED[silo], encoded, {"dice": 0.5}, CTX, SECRET, ROW)
+    encoded = encode(update, LAYOUT, (0, 0), declared / 200, bytes([silo]) * 32, ROW)
+    control = control_chunk(CONTROL, name, declared, encoded, {"dice": 0.5}, CTX, SECRET, ROW)
     return upload_coefficients(control, encoded, ROW), encoded.fields
 
 

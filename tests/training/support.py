@@ -24,7 +24,7 @@ def plan(patch: tuple[int, ...] = (16, 16), classes: tuple[str, ...] = ("backgro
             "model": {"network": "UNet", "channels": (4, 8), "strides": (2,)},
             "data": {"modality": "MR", "spacing_mm": (5.0, 2.0, 3.0), "patch": patch},
             "training": settings | {"optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}} | training,
-            "aggregation": {"encryption": "none", "masking": "none"},
+            "aggregation": {"encryption": "bfv", "masking": "none"},
             "rounds": 4,
             "release": "registry",
         }

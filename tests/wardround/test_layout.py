@@ -8,7 +8,7 @@ import torch
 
 from silo_agent.training.networks import build_network
 from tests.training.support import plan
-from wardround.layout import Array, Layout, layout_of, network_layout
+from wardround.layout import Array, Layout, checkpoint_bytes, layout_of, network_layout
 from wardround.plan import Model, ResNet18, UNet
 
 NETWORKS = [
@@ -42,6 +42,12 @@ def test_counts_and_digest_by_hand() -> None:
     assert (layout.num_parameters, layout.num_bytes) == (7, 28)
     assert layout.digest != Layout((Array("a", (3, 2)), Array("b", ()))).digest
     assert layout.digest != Layout((Array("b", ()), Array("a", (2, 3)))).digest
+
+
+def test_the_size_of_a_checkpoint_by_hand() -> None:
+    """That `write_checkpoint` writes as much is in tests/secure_sum/test_checkpoint.py."""
+    assert checkpoint_bytes(Layout((Array("a", (2, 3)), Array("b", ())))) == 32 + 7 * 16 + 2 * 2 + 16
+    assert checkpoint_bytes(Layout((Array("a", (2**16,)),))) == 32 + 2**20 + 2 + 2 * 16  # the exponent is in a piece of its own
 
 
 def test_needs_no_torch() -> None:
