@@ -94,13 +94,38 @@ class Optimizer(_Part):
 
 
 class Training(_Part):
-    """Local training: `steps` optimizer steps a round, each on `batch_size` patients (one random patch each)."""
+    """Local training: `steps` optimizer steps a round, each on `batch_size` patients (one random patch each).
+
+    With `privacy`, each patient is drawn by privacy.sample_rate instead, and `batch_size` is left out (0).
+    """
 
     algorithm: Literal["fedprox"]
     mu: NonNegative = 0.0
     steps: Count
-    batch_size: Count
+    batch_size: Annotated[int, Field(ge=0)] = 0
     optimizer: Optimizer
+
+
+class Privacy(_Part):
+    """Differential privacy of every patient, over the whole run and whatever the other hospitals do; absent: none.
+
+    The noise multiplier follows from epsilon, delta, sample_rate and rounds x training.steps: wardround/accounting.py.
+    """
+
+    unit: Literal["patient"]
+    """One patient added or removed, with all of its studies."""
+
+    epsilon: Annotated[float, Field(gt=0, le=50)]
+    """Of the whole run. Above 50 it promises nothing."""
+
+    delta: Annotated[float, Field(ge=1e-12, le=1e-2)]
+    """Below 1 / patients of a hospital; under 1e-12 the accountant's own truncation would count."""
+
+    max_grad_norm: Positive
+    """The L2 norm that each patient's gradient is clipped to, all parameters together."""
+
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    """The probability with which a step draws a patient, each independently."""
 
 
 class Server(_Part):
@@ -133,6 +158,7 @@ class Plan(_Part):
     model: Model
     data: Data
     training: Training
+    privacy: Privacy | None = None
     aggregation: Aggregation
     rounds: Annotated[int, Field(ge=1, le=10_000)]
     validate_every: Count = 1
@@ -145,6 +171,12 @@ class Plan(_Part):
             raise ValueError(f"classes must differ: got {', '.join(self.classes)}")
         if self.classes[0] != "background":
             raise ValueError(f"the first of classes must be background, the voxels no segment claims: got {self.classes[0]}")
+        if (self.training.batch_size == 0) != (self.privacy is not None):
+            raise ValueError(
+                "training.batch_size: missing"
+                if self.privacy is None
+                else "training.batch_size and privacy exclude each other: privacy.sample_rate says who is in a step; leave it out"
+            )
         if isinstance(self.model, ResNet18):
             raise ValueError("model.network ResNet18 classifies; task segmentation needs UNet")
         for edge, factor in zip(self.data.patch, [_product(self.model.strides)] * 3, strict=False):
