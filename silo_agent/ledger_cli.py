@@ -1,5 +1,6 @@
 """`silo-agent ledger`: what training has cost this hospital's patients, what is left, and what the officer enters by hand."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from html import escape
@@ -64,7 +65,7 @@ def show(
     if json_:
         print_facts(facts | {"charges": [vars(one) | {"event": vars(one.event)} for one in charged]}, True)
         return
-    bar = "#" * round(30 * min(facts["spent"], 1)) + "+" * round(30 * min(facts["reserved"], 1))
+    bar = "#" * math.ceil(30 * min(facts["spent"], 1)) + "+" * math.ceil(30 * min(facts["reserved"], 1))
     shares = {name: f"{100 * facts[name]:.1f} %" for name in ("spent", "reserved", "left")}
     runs = [f"{name}: {one['opened']} of {one['rounds']} rounds, {one['state']}" for name, one in facts["runs"].items()]
     print_facts(facts | shares | {"runs": runs or ["none"], "filter": f"[{bar[:30]:.<30}] # spent, + reserved"}, False)
@@ -111,7 +112,7 @@ def enter(
       silo-agent ledger enter --events 12 --sample-rate 0.08 --noise-multiplier 0.921 --steps 2
 
     `ledger show` says whether something is missing. In which rounds this hospital took part since the backup, the coordinator's
-    `aggregator run show` knows. Events of several plans take a line each: stop the agent first, for the first line ends its refusal.
+    `aggregator run show` knows. Events of several plans take a line each; stop the agent first: the first line ends the refusal.
     """
     data = load_settings(context.obj).data
     state = State(data / "state.sqlite", SiloKeys.open(data / "keys").audit)

@@ -18,6 +18,7 @@ import sqlite3
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from wardround.accounting import MAX_EPSILON_CAP, Event, filter_order, rdp_budget, rdp_cost
@@ -34,7 +35,7 @@ PRAGMA secure_delete = ON; -- a noise key that is deleted is overwritten
 
 -- kind: cap       {silo, unit, epsilon_cap, delta, order}      what the policy allows; the first line fixes the order
 --       reserved  {run, rounds, sample_rate, noise_multiplier, steps}    a run was accepted
---       opened    {run, round, inputs, seeded}                 one event of the run is charged
+--       opened    {run, round, inputs, key, seeded}            one event of the run is charged; SHA-256 of its noise key
 --       released  {run, rounds}                                the run ended; so many of its rounds never opened
 --       entered   {events, sample_rate, noise_multiplier, steps, head}   the officer's: events this file had lost
 CREATE TABLE IF NOT EXISTS ledger (
@@ -71,7 +72,7 @@ class Line:
     body: dict[str, Any]
     previous: bytes
 
-    @property
+    @cached_property
     def hash(self) -> bytes:
         numbers = (self.seq.to_bytes(8, "big"), self.time_ms.to_bytes(8, "big"))
         return sha256(frame(b"wardround/ledger/1", *numbers, self.kind.encode(), canonical_json(self.body), self.previous))
@@ -251,10 +252,9 @@ class Ledger:
                 f"policy epsilon_cap {self.epsilon_cap:g} is reached: round {round_} of run {run} would be over it, "
                 f"{_percent(self.share(self.spent))} is spent; this hospital ends its part in the run"
             )
-        line = self._append(
-            time_ms, "opened", {"run": run, "round": round_, "inputs": inputs.hex(), "seeded": seeded_key is not None}
-        )
         key = os.urandom(32) if seeded_key is None else seeded_key
+        body = {"run": run, "round": round_, "inputs": inputs.hex(), "key": sha256(key).hex(), "seeded": seeded_key is not None}
+        line = self._append(time_ms, "opened", body)
         self.close_event(run, round_)
         self._db.execute("INSERT INTO noise_keys VALUES (?, ?, ?, ?, ?)", (line.seq, run, round_, inputs, key))
         return key
