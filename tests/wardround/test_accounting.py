@@ -146,7 +146,8 @@ def ratios(number, seed):
     chance = random.Random(seed)
     pool = [(0.08, 1.6), (0.16, 4.0), (0.5, 8.0), (1.0, 15.0), (0.16, 20.0), (0.01, 4.0)]
     for _ in range(number):
-        events = [Event(*chance.choice(pool), chance.choice([1, 2, 6, 40])) for _ in range(chance.randint(1, 25))]
+        kinds = chance.sample(pool, chance.randint(1, 3))
+        events = [Event(*chance.choice(kinds), chance.choice([1, 2, 6, 40])) for _ in range(chance.randint(1, 25))]
         grouped = Counter()
         for event in events:
             grouped[event.sample_rate, event.noise_multiplier] += event.steps
