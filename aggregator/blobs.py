@@ -1,13 +1,12 @@
 """The spool: blobs named by their SHA-256 in one folder. What was acknowledged is on the disk; what has a whole name was verified.
 
 `<digest>` is a whole blob, `<digest>.<silo>` what has arrived of one so far. Nothing here deletes on its own: `sweep` removes what
-the store no longer needs, so a kill at any point leaves at most a file that the next sweep takes.
+the store no longer needs, so a kill at any point leaves at most a file that the next sweep takes. Files are deleted, not
+overwritten: on flash and on copy-on-write file systems an overwrite lands elsewhere, and what lies here is ciphertext anyway.
 """
 
 import errno
 import fcntl
-import hashlib
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,22 +15,20 @@ from typing import BinaryIO
 
 from wardround.errors import IntegrityError, MessageError, StorageError
 
-WINDOW_BYTES = 1 << 20  # of one read while hashing or adding
-
 
 class Blobs:
     """`folder` is made when missing."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         with _disk_errors(0):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def whole(self, digest: bytes) -> Path:
-        return self._folder / digest.hex()
+        return self.folder / digest.hex()
 
     def _partial(self, digest: bytes, silo: str) -> Path:
-        return self._folder / f"{digest.hex()}.{silo}"
+        return self.folder / f"{digest.hex()}.{silo}"
 
     def durable_bytes(self, digest: bytes, silo: str) -> int:
         """How far this silo's upload has come; the next piece begins there."""
@@ -68,21 +65,17 @@ class Blobs:
             finally:
                 os.close(descriptor)
 
-    def finish(self, digest: bytes, silo: str, num_bytes: int, gate: Callable[[memoryview], None]) -> None:
-        """Give a verified upload its whole name. Raises MessageError: too short, another digest, or refused by `gate`.
+    def finish(self, digest: bytes, silo: str, num_bytes: int, gate: Callable[[Path], None]) -> None:
+        """Give an upload its whole name once `gate`, which checks digest and form, let it pass. Raises MessageError.
 
-        After a wrong digest or a refusal what had arrived is gone, for no further piece can mend it.
+        After a refusal what had arrived is gone, for no further piece can mend it.
         """
         path = self.whole(digest) if self.whole(digest).exists() else self._partial(digest, silo)
         durable = path.stat().st_size if path.exists() else 0
         if durable != num_bytes:
             raise MessageError(f"the upload has {num_bytes} bytes by its header, only {durable} have arrived: send the rest first")
         try:
-            if file_digest(path) != digest:
-                raise MessageError("what arrived does not have the content digest of its header: send it again from the start")
-            with path.open("rb") as file:
-                # Closed with its last reference: an error's traceback may still hold arrays over it.
-                gate(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+            gate(path)
         except MessageError:
             path.unlink(missing_ok=True)
             raise
@@ -96,11 +89,19 @@ class Blobs:
 
     @contextmanager
     def draft(self, num_bytes: int) -> Iterator[BinaryIO]:
-        """A new file for something made here of about `num_bytes`; durable when the block ends, to be adopted."""
-        with _disk_errors(num_bytes), (self._folder / "draft").open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        """A new file for something made here of `num_bytes`; durable when the block ends, to be adopted, or else gone.
+
+        Its name is this process's alone: one that outlives its server for a moment never writes into another's.
+        """
+        path = self.folder / f"draft.{os.getpid()}"
+        with _disk_errors(num_bytes), path.open("wb") as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
 
     def read(self, digest: bytes, offset: int, length: int) -> bytes:
         """At most `length` bytes. Raises IntegrityError when the store speaks of a blob that the disk has lost."""
@@ -121,7 +122,7 @@ class Blobs:
 
     def sweep(self, live: Callable[[], tuple[set[bytes], set[tuple[bytes, str]]]]) -> int:
         """Delete what nothing needs; how many. `live` is asked after the folder was listed, so that nothing new is taken."""
-        names = [path for path in self._folder.iterdir() if path.is_file()]
+        names = [path for path in self.folder.iterdir() if path.is_file()]
         whole, partial = live()
         keep = {digest.hex() for digest in whole | {digest for digest, _ in partial}}
         keep |= {f"{digest.hex()}.{silo}" for digest, silo in partial}
@@ -131,17 +132,11 @@ class Blobs:
         return len(dead)
 
     def _sync_folder(self) -> None:
-        descriptor = os.open(self._folder, os.O_RDONLY)
+        descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def file_digest(path: Path) -> bytes:
-    """SHA-256 of a file, 32 bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _write_durably(descriptor: int, data: bytes, offset: int) -> None:

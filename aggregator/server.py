@@ -22,6 +22,7 @@ from prometheus_client import make_wsgi_app
 from aggregator.blobs import Blobs
 from aggregator.config import Settings
 from aggregator.driver import Bell, Driver
+from aggregator.fold import FoldProcess
 from aggregator.folder import Opened
 from aggregator.interceptors import Gatekeeper
 from aggregator.pki import Pki
@@ -64,11 +65,14 @@ class Server:
         self._lock = _only_one(opened.settings.data)
         self.bell = Bell()
         blobs = Blobs(opened.settings.data / "spool")
+        self._folds = FoldProcess(blobs)
         # The folder's lock makes this program the only one on it, so it may take its own lease again after a kill.
         self.driver = Driver(opened.store, blobs, self.bell, holder=socket.gethostname())
         store = opened.store
         self.gatekeeper = Gatekeeper(store)
-        self._federation = Federation(store, Enrolment(store, opened.pki), Statements(store), Transfers(store, blobs), self.bell)
+        self._federation = Federation(
+            store, Enrolment(store, opened.pki), Statements(store), Transfers(store, blobs, self._folds), self.bell
+        )
         self._stop_threads = threading.Event()
         self._threads: list[threading.Thread] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -113,6 +117,7 @@ class Server:
             await self._grpc.stop(DRAIN_S)
         self._stop_threads.set()
         self.driver.stop()
+        self._folds.close()
         if self._http is not None:
             self._http.shutdown()
             self._http.server_close()

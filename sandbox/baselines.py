@@ -50,7 +50,10 @@ def evaluate_on_test(plan: Plan, parameters: bytes, snapshots: Mapping[str, Path
     """The mean Dice of any model on each hospital's test patients, who never trained nor chose anything."""
     device = prepare_device()
     network = network_of(plan, parameters, device)
-    return {name: evaluate(network, plan, read_snapshot(folder), "test", device)[0]["dice"] for name, folder in snapshots.items()}
+    return {
+        name: evaluate(network, plan, read_snapshot(folder), "test", device, distances=False)[0]["dice"]
+        for name, folder in snapshots.items()
+    }
 
 
 def run_baselines(

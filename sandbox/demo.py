@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from wardround.plan import Plan, load_plan
 PLAN = Path(__file__).parents[1] / "configs" / "plans" / "brain-tissue.yaml"
 NUM_PATIENTS = 120  # a hospital
 DECLARED_PATIENTS = 120
-LOOK_S = 4.0  # a look is a program that starts: a second of one core
+LOOK_S = 1.0
 MLFLOW_S = 60.0
 
 
@@ -100,10 +101,17 @@ def _federate(console: Console, root: Path, plan: Plan, folders: dict[str, Path]
 
 
 def _watch(console: Console, federation: Federation, run: str, plan: Plan) -> int:
-    """One line a round until the run ends. Returns the number of rounds that trained. Raises WardroundError when it fails."""
-    shown, situation = 0, ""
+    """A line per measured model until the run ends. Returns the number of rounds that trained. Raises WardroundError when it
+    fails. `run show` is a program that starts, a second of one core: it is asked only when there is something to say."""
+    shown, situation, seen = 0, "", None
     while True:
-        state = federation.show(run)
+        federation.programs.check()
+        phase, num_answers, completed = federation.progress(run)
+        news = phase, num_answers, (completed - 1) // plan.validate_every  # a model's measures come with the next round
+        if news == seen:
+            time.sleep(LOOK_S)
+            continue
+        seen, state = news, federation.show(run)
         for total in state["completed"]:
             if total["round"] > shown and "dice" in total["means"]:
                 shown = total["round"]
@@ -118,16 +126,14 @@ def _watch(console: Console, federation: Federation, run: str, plan: Plan) -> in
             return min(len(state["completed"]), plan.rounds)
         if state["phase"] in ("failed", "aborted"):
             raise WardroundError(f"the run ended as {state['phase']}: {state['situation']}")
-        federation.programs.check()
-        time.sleep(LOOK_S)
 
 
 def _verify(federation: Federation) -> bool:
     """Every chain, the aggregator's against the heads that each hospital kept. Raises WardroundError that names what is wrong."""
-    for site in federation.sites:
-        own = str(federation.silo_database(site.name))
-        call(tool("wardround", "audit", "verify", str(federation.aggregator_database), "--head-from", own))
-        call(tool("wardround", "audit", "verify", own))
+    store, own = str(federation.aggregator_database), [str(federation.silo_database(site.name)) for site in federation.sites]
+    checks = [("--head-from", kept, store) for kept in own] + [(kept,) for kept in own]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda check: call(tool("wardround", "audit", "verify", *check)), checks))
     return True
 
 

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import socket
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,12 @@ POLICY = {
     "allow_seeded_noise": True,
 }
 READY_S = 60.0
+PROGRESS = """
+    SELECT phase,
+        (SELECT count(*) FROM statements WHERE run = runs.id AND message = 'answer'),
+        (SELECT count(*) FROM attempts WHERE run = runs.id AND phase = 'completed')
+    FROM runs WHERE id = ?
+"""
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,12 @@ class Federation:
     def submit(self, plan: Path) -> str:
         """The run's name."""
         return str(json.loads(self.at_aggregator("plan", "submit", str(plan), "--json"))["run"])
+
+    def progress(self, run: str) -> tuple[str, int, int]:
+        """Phase of the run, silos that answered, rounds completed: from the store's file, where `show` starts a program."""
+        with closing(sqlite3.connect(self.aggregator_database)) as store:
+            phase, num_answers, completed = store.execute(PROGRESS, (run,)).fetchone()
+        return str(phase), int(num_answers), int(completed)
 
     def show(self, run: str) -> dict[str, Any]:
         value: dict[str, Any] = json.loads(self.at_aggregator("run", "show", run, "--json"))

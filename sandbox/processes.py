@@ -16,7 +16,7 @@ import psutil
 from wardround.errors import WardroundError
 
 STOP_WAIT_S = 10.0
-SAMPLE_S = 1.0
+SAMPLE_S = 5.0  # a sample walks every page table: 20 ms a program; a phase of the demo lasts longer than this
 
 
 class Program:
@@ -96,7 +96,7 @@ def call(command: list[str], stdin: bytes = b"") -> bytes:
 
 
 class PeakMemory:
-    """The most memory that this process and all below it held at once, sampled once a second: proportional set size, so a page
+    """The most memory that this process and all below it held at once, sampled every SAMPLE_S: proportional set size, so a page
     that several of them share counts once."""
 
     def __init__(self) -> None:

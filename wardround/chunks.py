@@ -1,18 +1,21 @@
 """The form of an upload: chunks of 4,096 coefficients, chunk 0 the control chunk, the rest the packed update.
 
-A coefficient holds two fields of 16 value and 5 headroom bits (secure-sum.md section 1, row "32 silos"), so that 32 silos add up
-without a carry. In the clear (key epoch 0) a chunk is its coefficients as little-endian u64; an encrypted chunk will be a BFV
-ciphertext of the same coefficients. Control coefficients are one integer each: ControlMap says which is which.
+A coefficient holds two fields, each a value below headroom for all silos (secure-sum.md section 1; wardround.he has the table). An
+encrypted chunk is a BFV ciphertext of them; in the clear (key epoch 0) a chunk is its coefficients as little-endian u64, in the row
+"32 silos". Control coefficients are one integer each: ControlMap says which is which.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from wardround.canonical import canonical_json, sha256
 from wardround.errors import MessageError
-from wardround.layout import Layout
+
+if TYPE_CHECKING:
+    from wardround.layout import Layout  # the plan checks its encryption's parameters, which need this module
 
 COEFFICIENTS = 4096  # per chunk: poly_modulus_degree
 FIELDS = 2  # per coefficient
@@ -65,12 +68,12 @@ class ControlMap:
         return 4 + 2 * self.num_tensors + len(self.metrics)
 
 
-def num_chunks(layout: Layout | None) -> int:
+def num_chunks(layout: "Layout | None") -> int:
     """Chunks of an upload of this layout; None is the closing round, which is the control chunk alone."""
     return 1 if layout is None else 1 + -(-layout.num_parameters // (FIELDS * COEFFICIENTS))
 
 
-def clear_bytes(layout: Layout | None) -> int:
+def clear_bytes(layout: "Layout | None") -> int:
     """Exact size in bytes of an upload, and of a sum, in the clear."""
     return num_chunks(layout) * CLEAR_CHUNK_BYTES
 
@@ -80,14 +83,14 @@ def metric_names(classes: tuple[str, ...]) -> tuple[str, ...]:
     return ("dice", *(f"dice/{name}" for name in classes[1:]), "hd95_mm")
 
 
-def clear_coefficients(data: bytes | memoryview, layout: Layout | None) -> np.ndarray:
+def clear_coefficients(data: bytes | memoryview, layout: "Layout | None") -> np.ndarray:
     """uint64 [num_chunks, 4096] of an upload or a sum in the clear, no copy. Raises MessageError for any other size."""
     if len(data) != clear_bytes(layout):
         raise MessageError(f"expected {clear_bytes(layout)} bytes of chunks, got {len(data)}")
     return np.frombuffer(data, dtype="<u8").reshape(-1, COEFFICIENTS)
 
 
-def gate(data: bytes | memoryview, layout: Layout | None, declared_patients: int) -> None:
+def gate(data: bytes | memoryview, layout: "Layout | None", declared_patients: int) -> None:
     """What the aggregator refuses before it adds: a wrong size, a field outside 0..65534, a count that is not 1, a declared number
     that is not the silo's. Raises MessageError. (Encrypted, it will see sizes and forms only.)"""
     coefficients = clear_coefficients(data, layout)

@@ -1,26 +1,28 @@
 """Uploads come in by offset and are verified whole; sums go out by offset. Limits are checked before any work is done."""
 
-from threading import BoundedSemaphore
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 from aggregator import cohort
 from aggregator.blobs import Blobs
+from aggregator.fold import FoldProcess
 from aggregator.interceptors import Caller
 from aggregator.services.statements import attempt_of
 from aggregator.store import Attempt, RunState, Store, Upload, on_fresh_state
 from aggregator.telemetry import DOWNLOAD_BYTES, UPLOAD_BYTES, log
-from wardround.chunks import MAX_PIECE_BYTES, clear_bytes, gate, num_chunks
+from wardround.canonical import sha256
+from wardround.chunks import MAX_PIECE_BYTES, MAX_SILOS, clear_bytes, gate, num_chunks
 from wardround.errors import MessageError
+from wardround.he import HeParameters, he_parameters
 from wardround.layout import Layout, layout_of
 from wardround.messages import opened
 from wardround.pb import federation_pb2 as pb
 
-MAX_VERIFYING = 2  # uploads that are hashed and looked through at one time: bounds memory and disk reads
-
 
 class Transfers:
-    def __init__(self, store: Store, blobs: Blobs) -> None:
-        self._store, self._blobs = store, blobs
-        self._verifying = BoundedSemaphore(MAX_VERIFYING)
+    def __init__(self, store: Store, blobs: Blobs, folds: FoldProcess) -> None:
+        self._store, self._blobs, self._folds = store, blobs, folds
 
     def begin(self, caller: Caller, signed: pb.Signed) -> pb.UploadStatus:
         """Accept a signed header; says how many bytes are durable already, with the receipt when all was."""
@@ -37,14 +39,15 @@ class Transfers:
         return self._status(on_fresh_state(decide))
 
     def put(self, caller: Caller, piece: pb.Piece) -> pb.UploadStatus:
-        if not 0 < len(piece.data) <= MAX_PIECE_BYTES:
-            raise MessageError(f"a piece has 1 to {MAX_PIECE_BYTES} bytes: this one has {len(piece.data)}")
+        data = piece.data  # a copy, each time one looks
+        if not 0 < len(data) <= MAX_PIECE_BYTES:
+            raise MessageError(f"a piece has 1 to {MAX_PIECE_BYTES} bytes: this one has {len(data)}")
         upload = self._upload(caller, piece.digest)
         if upload.finished_ms is not None:
             return self._status(upload)
         if upload.state == "deleted":
             raise MessageError(_closed(upload.round, upload.attempt, "closed"))
-        durable = self._blobs.append(upload.content_digest, caller.name, piece.offset, piece.data, upload.num_bytes)
+        durable = self._blobs.append(upload.content_digest, caller.name, piece.offset, data, upload.num_bytes)
         return pb.UploadStatus(upload=upload.content_digest, durable_bytes=durable)
 
     def finish(self, caller: Caller, trailer: pb.UploadTrailer) -> pb.Receipt:
@@ -57,17 +60,17 @@ class Transfers:
             return _receipt(upload)
         if attempt.phase != "open":
             raise MessageError(_closed(attempt.round, attempt.attempt, attempt.phase))
-        layout = layout_in(state, attempt.round)
         try:
-            with self._verifying:
-                self._blobs.finish(
-                    upload.content_digest, caller.name, upload.num_bytes, lambda view: gate(view, layout, upload.declared_patients)
-                )
+            self._blobs.finish(upload.content_digest, caller.name, upload.num_bytes, self._gate(upload, attempt, state))
         except MessageError as error:
             facts = {"run": upload.run, "round": upload.round, "attempt": upload.attempt, "silo": caller.name, "reason": str(error)}
             self._store.note("upload-refused", facts)
             raise
-        self._store.upload_durable(upload)
+        try:
+            self._store.upload_durable(upload)
+        except MessageError:  # the attempt closed meanwhile: nothing needs these bytes
+            self._blobs.sweep(self._store.live_blobs)
+            raise
         UPLOAD_BYTES.inc(upload.num_bytes)
         log.info("upload", silo=caller.name, run=upload.run, round=upload.round, attempt=upload.attempt, num_bytes=upload.num_bytes)
         return _receipt(upload)
@@ -83,6 +86,14 @@ class Transfers:
         data = self._blobs.read(request.digest, request.offset, request.length)
         DOWNLOAD_BYTES.inc(len(data))
         return pb.Piece(digest=request.digest, offset=request.offset, data=data, total_bytes=total)
+
+    def _gate(self, upload: Upload, attempt: Attempt, state: RunState) -> Callable[[Path], None]:
+        """What the upload must pass: its digest and, encrypted, the form of a ciphertext; what is in it the silos check."""
+        parameters = parameters_of(attempt, state)
+        if parameters is not None:
+            return partial(self._folds.check_upload, digest=upload.content_digest, parameters=parameters)
+        layout = layout_in(state, attempt.round)
+        return partial(_clear_gate, digest=upload.content_digest, layout=layout, declared_patients=upload.declared_patients)
 
     def _upload(self, caller: Caller, digest: bytes) -> Upload:
         upload = self._store.upload(caller.name, digest)
@@ -102,16 +113,21 @@ def layout_in(state: RunState, round_: int) -> Layout | None:
     return layout_of(state.plan) if round_ <= state.plan.rounds else None
 
 
+def parameters_of(attempt: Attempt, state: RunState) -> HeParameters | None:
+    """Of an attempt's encryption; None in the clear, which is key epoch 0."""
+    return he_parameters(MAX_SILOS, state.plan.aggregation.bits) if attempt.facts.key_epoch else None
+
+
 def check_header(header: pb.UploadHeader, attempt: Attempt, state: RunState, silo: str) -> None:
     """Raises MessageError that names the first field that is not what this attempt demands."""
-    layout = layout_in(state, attempt.round)
+    layout, parameters = layout_in(state, attempt.round), parameters_of(attempt, state)
     expected = {
         "run": state.id,
         "round": attempt.round,
         "attempt": attempt.attempt,
         "silo": silo,
         "num_chunks": num_chunks(layout),
-        "content_bytes": clear_bytes(layout),
+        "content_bytes": parameters.upload_bytes(layout) if parameters else clear_bytes(layout),
         "declared_patients": cohort.joins_of(state)[silo].declared_patients,
         "cap": state.cap,
         "u2_digest": b"",
@@ -128,6 +144,13 @@ def check_header(header: pb.UploadHeader, attempt: Attempt, state: RunState, sil
         raise MessageError(
             f"{silo} is not in the cohort of round {attempt.round}, attempt {attempt.attempt}: it joins from the next one"
         )
+
+
+def _clear_gate(path: Path, digest: bytes, layout: Layout | None, declared_patients: int) -> None:
+    data = path.read_bytes()
+    if sha256(data) != digest:
+        raise MessageError("what arrived does not have the content digest of its header: send it again from the start")
+    gate(data, layout, declared_patients)
 
 
 def _closed(round_: int, attempt: int, phase: str) -> str:

@@ -1,33 +1,40 @@
 """Control chunk, linear check, and what a sum must satisfy before a silo believes it (secure-sum.md section 1).
 
 The check is `sum_j r_j * (f_j mod p) mod p`, p = 2^32 - 5, r_j the 32-bit words of AES-256-CTR under
-HKDF(epoch_secret, "wardround/check/1" | ctx). It is linear: the check of a sum is the sum of the checks. In the clear (key epoch
-0) the epoch secret is 32 zero bytes, which anyone can compute: there it finds faults, not attackers.
+HKDF(epoch_secret, "wardround/check/1" | ctx); f_j are the control chunk's integers, the check's own place counted as 0, then the
+fields. It is linear: the check of a sum is the sum of the checks. Who does not know the epoch secret changes any of these numbers
+unnoticed with probability 2^-31. In the clear (key epoch 0) the epoch secret is 32 zero bytes, which anyone can compute: there the
+check finds faults, not attackers.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from silo_agent.secure_sum.packing import Encoded, derive, pack, stream, unpack
-from wardround.chunks import COEFFICIENTS, MAX_CODE, ControlMap
+from silo_agent.secure_sum.packing import BLOCK, Encoded, derive, keystream, pack, unpack, words
+from wardround.chunks import COEFFICIENTS, ControlMap
 from wardround.errors import IntegrityError
+from wardround.he import DEFAULT, HeParameters
 from wardround.layout import Layout
 
 PRIME = 2**32 - 5
-METRIC_UNITS = 2**20  # metric sums travel as multiples of 2^-20
-MAX_METRIC = 2**16 - 1  # Dice is at most 1; a distance in mm stays far below
+GROUP = 512  # a field has at most 23 bits, a word 32: the sum of 512 products stays below 2^64
+METRIC_UNITS = 2**20  # metric sums travel as multiples of 2^-20, at most HeParameters.max_control of them
 CLEAR_EPOCH_SECRET = bytes(32)
 
 
-def linear_check(fields: np.ndarray, ctx: bytes, epoch_secret: bytes) -> int:
-    """0 <= check < p. `fields`: uint64 [n], each below 2^21, so that a product stays below 2^53 and 1,024 of them below 2^63."""
-    words = stream(derive(epoch_secret, b"wardround/check/1", ctx), -(-fields.size // 2)).view("<u4")[: fields.size]
-    products = words.astype(np.uint64) * fields
-    padded = np.zeros(-(-products.size // 1024) * 1024, dtype=np.uint64)
-    padded[: products.size] = products
-    partial = padded.reshape(-1, 1024).sum(axis=1, dtype=np.uint64) % np.uint64(PRIME)
-    return int(sum(int(value) for value in partial) % PRIME)
+def linear_check(head: np.ndarray, fields: np.ndarray, ctx: bytes, epoch_secret: bytes) -> int:
+    """0 <= check < p. `head`: uint64 [4096], the control chunk; `fields`: uint64 [n], each below 2^23."""
+    stream = keystream(derive(epoch_secret, b"wardround/check/1", ctx))
+    values = head.astype(np.uint64) % np.uint64(PRIME)
+    values[ControlMap.CHECK] = 0
+    total = int((words(stream, COEFFICIENTS).astype(np.uint64) * values % np.uint64(PRIME)).sum())
+    for start in range(0, fields.size, BLOCK):
+        block = np.zeros(BLOCK, dtype=np.uint64)
+        block[: fields.size - start] = fields[start : start + BLOCK]
+        products = words(stream, BLOCK).astype(np.uint64) * block
+        total += int((products.reshape(-1, GROUP).sum(axis=1) % np.uint64(PRIME)).sum())
+    return total % PRIME
 
 
 def control_chunk(
@@ -37,51 +44,69 @@ def control_chunk(
     metrics: dict[str, float] | None,
     ctx: bytes,
     secret: bytes,
+    parameters: HeParameters = DEFAULT,
 ) -> np.ndarray:
     """uint64 [1, 4096]. `encoded` None: the closing round. `metrics` None: this silo measures nothing (too few patients)."""
     chunk = np.zeros(COEFFICIENTS, dtype=np.uint64)
     chunk[control.COUNT] = 1
     chunk[control.DECLARED] = declared_patients
     if encoded is not None:
-        chunk[control.CHECK] = linear_check(encoded.fields, ctx, secret)
         chunk[control.saturations] = encoded.saturations
         chunk[control.second_moments] = encoded.moments
     if metrics is not None:
         chunk[control.METRIC_SILOS] = 1
-        chunk[control.metric_sums] = [round(min(max(metrics[name], 0.0), MAX_METRIC) * METRIC_UNITS) for name in control.metrics]
+        chunk[control.metric_sums] = [
+            round(min(max(metrics[name], 0.0) * METRIC_UNITS, parameters.max_control)) for name in control.metrics
+        ]
+    fields = np.zeros(0, dtype=np.uint64) if encoded is None else encoded.fields
+    chunk[control.CHECK] = linear_check(chunk, fields, ctx, secret)
     return chunk.reshape(1, COEFFICIENTS)
 
 
+def upload_coefficients(control: np.ndarray, encoded: Encoded | None, parameters: HeParameters = DEFAULT) -> np.ndarray:
+    """uint64 [num_chunks, 4096], what is encrypted: the control chunk, then the packed fields."""
+    return control if encoded is None else np.concatenate([control, pack(encoded.fields, parameters)])
+
+
 def upload_bytes(control: np.ndarray, encoded: Encoded | None) -> bytes:
-    """What travels in the clear: the control chunk, then the packed fields, little-endian u64."""
-    chunks = control if encoded is None else np.concatenate([control, pack(encoded.fields)])
-    return chunks.astype("<u8").tobytes()
+    """What travels in the clear: the same coefficients as little-endian u64."""
+    return upload_coefficients(control, encoded).astype("<u8").tobytes()
 
 
 @dataclass(frozen=True)
 class CheckedSum:
-    """A sum that passed. `fields`: uint64 [num_parameters] (empty in the closing round). `means`: cohort means, 3 decimals."""
+    """A sum that passed. `fields`: uint64 [num_parameters] (empty in the closing round), each the sum of n codes around
+    n * `zero_code`. `means`: cohort means, 3 decimals."""
 
     fields: np.ndarray
     saturations: tuple[int, ...]
     moments: tuple[int, ...]
     means: dict[str, float]
+    zero_code: int = DEFAULT.zero_code
 
 
 def checked_sum(
-    coefficients: np.ndarray, layout: Layout | None, control: ControlMap, declared: list[int], ctx: bytes, secret: bytes
+    coefficients: np.ndarray,
+    layout: Layout | None,
+    control: ControlMap,
+    declared: list[int],
+    ctx: bytes,
+    secret: bytes,
+    parameters: HeParameters = DEFAULT,
 ) -> CheckedSum:
-    """`coefficients`: uint64 [num_chunks, 4096]; `declared`: declared_patients of U3. Raises IntegrityError: the run halts."""
+    """`coefficients`: uint64 [num_chunks, 4096]; `declared`: declared_patients of U3. Raises IntegrityError: the run halts.
+
+    One failure must end the key epoch: to answer it with a retry would make every silo an oracle for the HE key."""
     head, n = coefficients[0], len(declared)
     if head[control.COUNT] != n:
         raise IntegrityError(f"the sum counts {head[control.COUNT]} updates, {n} were sealed: a fold was doubled or left out")
     if head[control.DECLARED] != sum(declared):
         raise IntegrityError(f"the sum holds {head[control.DECLARED]} declared patients, the sealed uploads {sum(declared)}")
-    fields = np.zeros(0, dtype=np.uint64) if layout is None else unpack(coefficients[1:], layout.num_parameters)
-    if fields.size and fields.max() > n * MAX_CODE:
+    _check_control(head, layout, control, n, parameters)
+    fields = np.zeros(0, dtype=np.uint64) if layout is None else unpack(coefficients[1:], layout.num_parameters, parameters)
+    if fields.size and fields.max() > n * parameters.max_code:
         raise IntegrityError(f"a field of the sum exceeds what {n} updates can hold")
-    expected = int(head[control.CHECK]) % PRIME
-    if layout is not None and linear_check(fields, ctx, secret) != expected:
+    if linear_check(head, fields, ctx, secret) != int(head[control.CHECK]) % PRIME:
         raise IntegrityError("the sum fails its linear check: it is not the sum of the sealed uploads")
     measured = int(head[control.METRIC_SILOS])
     means = {
@@ -89,6 +114,20 @@ def checked_sum(
         for name, total in zip(control.metrics, head[control.metric_sums], strict=True)
         if measured
     }
-    return CheckedSum(
-        fields, tuple(int(v) for v in head[control.saturations]), tuple(int(v) for v in head[control.second_moments]), means
-    )
+    saturations, moments = (tuple(int(v) for v in head[part]) for part in (control.saturations, control.second_moments))
+    return CheckedSum(fields, saturations, moments, means, parameters.zero_code)
+
+
+def _check_control(head: np.ndarray, layout: Layout | None, control: ControlMap, n: int, parameters: HeParameters) -> None:
+    """What the control integers of n honest silos cannot exceed."""
+    sizes = [] if layout is None else [array.size for array in layout.arrays]
+    limits = np.zeros(COEFFICIENTS, dtype=np.uint64)
+    limits[control.COUNT : control.CHECK] = parameters.plain_modulus  # compared exactly before
+    limits[control.CHECK] = n * (PRIME - 1)
+    limits[control.METRIC_SILOS] = n
+    limits[control.saturations] = np.array(sizes, dtype=np.uint64) * np.uint64(n)
+    limits[control.second_moments] = n * parameters.max_control
+    limits[control.metric_sums] = min(int(head[control.METRIC_SILOS]), n) * parameters.max_control
+    if (head > limits).any():
+        where = int(np.argmax(head > limits))
+        raise IntegrityError(f"control integer {where} of the sum exceeds what {n} updates can hold")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from silo_agent.secure_sum.check import CheckedSum
-from silo_agent.secure_sum.packing import ZERO_CODE, Exponents, derive
+from silo_agent.secure_sum.packing import Exponents, derive
 from wardround.canonical import frame
 from wardround.errors import IntegrityError, MessageError
 from wardround.layout import Layout
@@ -56,11 +56,11 @@ class GlobalModel:
         self, total: CheckedSum, layout: Layout, exponents: Exponents, cap: int, declared: list[int], server: Server
     ) -> "GlobalModel":
         """The next global model from the sum of len(declared) updates. Raises IntegrityError if it is not finite."""
-        offset = np.int64(len(declared) * ZERO_CODE)
+        offset = np.int64(len(declared) * total.zero_code)
         mean = np.subtract(total.fields.astype(np.int64), offset).astype(np.float64)
         start = 0
         for array, exponent in zip(layout.arrays, exponents, strict=True):
-            scale = float(2.0**exponent * cap) / float(ZERO_CODE * sum(declared))
+            scale = float(2.0**exponent * cap) / float(total.zero_code * sum(declared))
             np.multiply(mean[start : start + array.size], scale, out=mean[start : start + array.size])
             start += array.size
         velocity = np.add(np.multiply(self.velocity, server.momentum), mean)

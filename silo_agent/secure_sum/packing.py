@@ -1,8 +1,9 @@
 """Update -> integer fields -> coefficients, and back (secure-sum.md section 1).
 
-A value x of tensor T becomes `y = clip(w * x / c_T, -1, 1) * 32767` in float64 and `code = 32767 + floor(y + u)`, u uniform in
-[0, 1): unbiased (E[code] = 32767 + y), zero is exact, 0 <= code <= 65534. `c_T = 2 ** exponent`, `w = declared_patients / cap`.
-Not float32 anywhere: there floor(65535 + u) can give 65536 and carry into the neighbour's field.
+A value x of tensor T becomes `y = clip(w * x / c_T, -1, 1) * zero` in float64 and `code = zero + floor(y + u)`, u uniform in
+[0, 1), zero = 32767 where a parameter has 16 bits: unbiased (E[code] = zero + y), zero is exact, 0 <= code <= 2 * zero.
+`c_T = 2 ** exponent`, `w = declared_patients / cap`. Not float32 anywhere: there floor(65535 + u) can give 65536 and carry into the
+neighbour's field.
 """
 
 import math
@@ -10,18 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from wardround.canonical import canonical_json, frame, sha256
-from wardround.chunks import COEFFICIENTS, FIELD_BITS, FIELDS, unpack_fields
+from wardround.chunks import COEFFICIENTS, FIELDS
 from wardround.errors import IntegrityError
+from wardround.he import DEFAULT, HeParameters
 from wardround.layout import Layout
 
-ZERO_CODE = 32767
-MOMENT_UNITS = 2.0**30  # second moments travel as multiples of c_T^2 * 2^-30
-MAX_MOMENT = 1 << 36  # so that 32 silos stay below the plain modulus; about 2^6 times c_T^2
+BLOCK = 1 << 15  # values encoded at a time: what stays in the processor's cache
+MOMENT_UNITS = 2.0**30  # second moments travel as multiples of c_T^2 * 2^-30, at most HeParameters.max_control of them
 SATURATED_FRACTION = 1e-4  # of a tensor, above which its bound doubles
 MIN_RMS = 0.05
 MAX_EXPONENT = 60  # bounds stay within 2^-60 .. 2^60
@@ -34,17 +35,21 @@ def derive(key: bytes, *info: bytes) -> bytes:
     return HKDF(SHA256(), 32, salt=None, info=frame(*info)).derive(key)
 
 
-def stream(key: bytes, num_words: int) -> np.ndarray:
-    """uint64 [num_words]: AES-256 in counter mode from zero under a 32-byte key, little-endian words."""
-    encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
-    return np.frombuffer(encryptor.update(bytes(8 * num_words)), dtype="<u8")
+def keystream(key: bytes) -> CipherContext:
+    """AES-256 in counter mode from zero under a 32-byte key: `update` of zero bytes gives its next bytes."""
+    return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
 
-def uniform(key: bytes, size: int) -> np.ndarray:
-    """float64 [size] in [0, 1 - 2^-32]: multiples of 2^-32 from the 32-bit words of `stream`.
+def words(stream: CipherContext, size: int) -> np.ndarray:
+    """uint32 [size]: the next little-endian words."""
+    return np.frombuffer(stream.update(bytes(4 * size)), dtype="<u4")
+
+
+def uniform(stream: CipherContext, size: int) -> np.ndarray:
+    """float64 [size] in [0, 1 - 2^-32]: multiples of 2^-32.
 
     Not 53 bits: 32767 + (1 - 2^-53) rounds up to 32768 in float64, which is code 65535 (docs/adr/0010)."""
-    return stream(key, -(-size // 2)).view("<u4")[:size] * 2.0**-32
+    return words(stream, size) * 2.0**-32
 
 
 def start_bounds(model: np.ndarray, layout: Layout) -> Exponents:
@@ -83,47 +88,66 @@ def bounds_digest(exponents: Exponents) -> bytes:
 
 @dataclass(frozen=True)
 class Encoded:
-    """`fields`: uint64 [num_parameters], each 0..65534. `saturations`, `moments`: int per array."""
+    """`fields`: uint64 [num_parameters], each 0..max_code. `saturations`, `moments`: int per array."""
 
     fields: np.ndarray
     saturations: tuple[int, ...]
     moments: tuple[int, ...]
 
 
-def encode(update: np.ndarray, layout: Layout, exponents: Exponents, weight: float, rounding_key: bytes) -> Encoded:
+def encode(
+    update: np.ndarray,
+    layout: Layout,
+    exponents: Exponents,
+    weight: float,
+    rounding_key: bytes,
+    parameters: HeParameters = DEFAULT,
+) -> Encoded:
     """`update`: float32 [num_parameters]; `weight` in (0, 1]. Raises IntegrityError for NaN or infinity."""
     if not np.isfinite(update).all():
         raise IntegrityError("the update holds NaN or infinity: nothing was sent; lower the learning rate of the plan")
-    u = uniform(rounding_key, layout.num_parameters)
+    stream = keystream(rounding_key)
     fields = np.empty(layout.num_parameters, dtype=np.uint64)
     saturations, moments = [], []
     start = 0
-    for part, exponent in zip(_split(update.astype(np.float64), layout), exponents, strict=True):
-        ratio = part * weight * 2.0**-exponent
-        saturations.append(int(np.count_nonzero(np.abs(ratio) > 1.0)))
-        moments.append(min(round(float(np.mean(ratio * ratio)) * MOMENT_UNITS), MAX_MOMENT))
-        y = np.clip(ratio, -1.0, 1.0) * ZERO_CODE
-        stop = start + part.size
-        fields[start:stop] = (ZERO_CODE + np.floor(y + u[start:stop])).astype(np.uint64)
+    for array, exponent in zip(layout.arrays, exponents, strict=True):
+        saturated, squares, stop = 0, 0.0, start + array.size
+        for at in range(start, stop, BLOCK):
+            block = slice(at, min(at + BLOCK, stop))
+            y = update[block].astype(np.float64)
+            y *= weight * 2.0**-exponent
+            saturated += int(np.count_nonzero(np.abs(y) > 1.0))
+            squares += float(np.dot(y, y))
+            np.clip(y, -1.0, 1.0, out=y)
+            y *= parameters.zero_code
+            y += uniform(stream, y.size)
+            np.floor(y, out=y)
+            y += parameters.zero_code
+            fields.view(np.int64)[block] = y  # never negative, and cast faster than to unsigned
+        saturations.append(saturated)
+        moments.append(round(min(squares / array.size * MOMENT_UNITS, parameters.max_control)))
         start = stop
     return Encoded(fields, tuple(saturations), tuple(moments))
 
 
-def pack(fields: np.ndarray) -> np.ndarray:
+def pack(fields: np.ndarray, parameters: HeParameters = DEFAULT) -> np.ndarray:
     """uint64 [num_chunks, 4096] from fields [n]: field 2k in the low bits of coefficient k, field 2k + 1 above it, zeros behind."""
-    per_chunk = FIELDS * COEFFICIENTS
-    padded = np.zeros(-(-fields.size // per_chunk) * per_chunk, dtype=np.uint64)
-    padded[: fields.size] = fields
-    interleaved = padded.reshape(-1, FIELDS)
-    coefficients = interleaved[:, 0].copy()
-    for index in range(1, FIELDS):
-        coefficients |= interleaved[:, index] << np.uint64(index * FIELD_BITS)
-    return coefficients.reshape(-1, COEFFICIENTS)
+    coefficients = np.zeros((-(-fields.size // (FIELDS * COEFFICIENTS)), COEFFICIENTS), dtype=np.uint64)
+    flat = coefficients.reshape(-1)
+    for index in range(FIELDS):
+        part = fields[index::FIELDS]
+        flat[: part.size] |= part << np.uint64(index * parameters.field_bits)
+    return coefficients
 
 
-def unpack(coefficients: np.ndarray, num_parameters: int) -> np.ndarray:
+def unpack(coefficients: np.ndarray, num_parameters: int, parameters: HeParameters = DEFAULT) -> np.ndarray:
     """uint64 [num_parameters] fields of uint64 coefficients [num_chunks, 4096]. Raises IntegrityError unless the rest is zero."""
-    fields = np.stack(list(unpack_fields(coefficients.reshape(-1))), axis=1).reshape(-1)
+    fields = np.empty(FIELDS * coefficients.size, dtype=np.uint64)
+    for index in range(FIELDS):
+        part = fields[index::FIELDS]
+        np.right_shift(coefficients.reshape(-1), np.uint64(index * parameters.field_bits), out=part)
+        if index < FIELDS - 1:  # bits above them count to the last, so nothing hides
+            part &= np.uint64((1 << parameters.field_bits) - 1)
     if fields[num_parameters:].any():
         raise IntegrityError("the sum holds something behind its last parameter")
     return fields[:num_parameters]

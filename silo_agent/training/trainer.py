@@ -5,9 +5,11 @@ killed trainer loses nothing but time. What else changes the bits: the device, a
 if unset, since sums taken by several threads differ in their last bits from one thread's).
 """
 
+import ctypes
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache, partial
 from math import cos, pi
 from pathlib import Path
@@ -28,6 +30,9 @@ from wardround.layout import layout_of
 from wardround.plan import Optimizer, Plan
 
 RANDOM_KEY_BYTES = 32
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+REUSED_BYTES = 32 * 2**20  # the largest block that malloc will not map for itself; glibc takes no more
+KEPT_BYTES = 512 * 2**20  # freed memory that malloc keeps at the top of the heap
 
 
 def handle(work: TrainerWork) -> TrainerResult:
@@ -74,7 +79,17 @@ def prepare_device() -> torch.device:
     # What fills memory before use finds programs that read it too early, at an eighth of a step's time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    _keep_freed_memory()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc's malloc reuse what one step frees in the next: giving it back and faulting it in again is a sixth of a step on
+    a CPU. Elsewhere than on glibc nothing changes."""
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, REUSED_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def network_of(plan: Plan, parameters: bytes, device: torch.device) -> nn.Module:

@@ -3,22 +3,29 @@
 import errno
 import hashlib
 import os
+import signal
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 
 from aggregator import driver
+from aggregator.services import transfers
+from silo_agent.secure_sum.encryption import encrypt, new_secret_key
 from tests.aggregator.test_statements import at, records
 from tests.support.aggregator import TestAggregator, until
 from tests.support.fake_silo import FakeSilo
 from tests.support.identities import ed25519
 from tests.support.plans import tiny
 from tests.support.refused import refused
-from wardround.chunks import CLEAR_CHUNK_BYTES, MAX_CODE, MAX_PIECE_BYTES
+from wardround.chunks import CLEAR_CHUNK_BYTES, MAX_CODE, MAX_PIECE_BYTES, num_chunks
 from wardround.errors import ConflictError, IdentityError, MessageError, StorageError
+from wardround.he import he_parameters
+from wardround.layout import layout_of
 from wardround.messages import sign
 from wardround.pb import federation_pb2 as pb
+from wardround.plan import parse_plan
 
 
 @pytest.fixture
@@ -233,3 +240,85 @@ def test_an_attempt_that_closes_while_its_upload_is_verified_takes_it_no_more(ag
     with pytest.raises(MessageError, match="takes no uploads any more: it is abandoned"):
         aggregator.store.upload_durable(upload)
     assert not any(one.kind == "upload-accepted" for one in records(aggregator))
+
+
+# --- encrypted: what the gate sees without a key ---------------------------------------------------------------------------------
+
+ROW = he_parameters(32, 16)
+
+
+class Encrypted:
+    """An open round whose uploads are ciphertexts: `chunks` of them, by the plan's layout."""
+
+    def __init__(self, aggregator: TestAggregator, silo: FakeSilo) -> None:
+        self.aggregator, self.silo, self.offer = aggregator, silo, silo.poll()
+        self.chunks = num_chunks(layout_of(parse_plan(self.offer.plan)))
+        self.content = encrypt(ROW, new_secret_key(ROW), np.ones((self.chunks, 4096), dtype=np.uint64))
+
+    def header(self, content: bytes) -> pb.Signed:
+        return self.silo.header(self.offer, content, content_bytes=len(content))
+
+    def spool(self) -> list[str]:
+        return [path.name for path in (self.aggregator.settings.data / "spool").iterdir()]
+
+
+@pytest.fixture
+def encrypted(aggregator: TestAggregator, silo: FakeSilo, monkeypatch: pytest.MonkeyPatch) -> Encrypted:
+    monkeypatch.setattr(transfers, "parameters_of", lambda _attempt, _state: ROW)
+    return Encrypted(aggregator, silo)
+
+
+def test_a_ciphertext_is_taken_and_nothing_of_another_size(encrypted: Encrypted) -> None:
+    content, size = encrypted.content, ROW.upload_chunk_bytes
+    for wrong in (content + b"\0", content[:-1], content + content[:size], content + content[: ROW.polynomial_bytes]):  # size 3
+        with refused(MessageError, f"content_bytes: expected {encrypted.chunks * size}, got {len(wrong)}"):
+            encrypted.silo.stub.BeginUpload(encrypted.header(wrong), timeout=5)
+    assert encrypted.spool() == []
+    digest = hashlib.sha256(content).digest()
+    assert encrypted.silo.upload(encrypted.header(content), content).digest == digest
+    assert encrypted.spool() == [digest.hex()]
+
+
+def test_a_malformed_ciphertext_is_refused_to_its_sender(encrypted: Encrypted) -> None:
+    """Before the receipt: once it were durable, the fold of everybody would meet it."""
+    start = (encrypted.chunks - 1) * ROW.upload_chunk_bytes  # the last chunk's first coefficient becomes q
+    bad = encrypted.content[:start] + ROW.prime.to_bytes(7, "little") + encrypted.content[start + 7 :]
+    with refused(MessageError, "is not below the modulus q"):
+        encrypted.silo.upload(encrypted.header(bad), bad)
+    assert encrypted.spool() == []
+    kinds = [one.kind for one in records(encrypted.aggregator)]
+    assert (kinds.count("upload-refused"), kinds.count("upload-accepted")) == (1, 0)
+
+
+def test_the_process_that_verifies_may_die(encrypted: Encrypted) -> None:
+    """A retryable error, nothing lost: FinishUpload again."""
+    content, header = encrypted.content, encrypted.header(encrypted.content)
+    silo, process = encrypted.silo, encrypted.aggregator.server._folds
+    trailer = pb.UploadTrailer(ctx=header.ctx, content_digest=hashlib.sha256(content).digest())
+    silo.stub.BeginUpload(header, timeout=5)
+    silo.stub.PutChunks(piece(content, 0, len(content)), timeout=5)
+    process.warm()
+    os.kill(process.pid or 0, signal.SIGSTOP)
+    call = silo.stub.FinishUpload.future(trailer, timeout=20)
+    until(process._lock.locked)
+    time.sleep(0.2)  # the question is in the pipe
+    os.kill(process.pid or 0, signal.SIGKILL)
+    with refused(StorageError, "nothing is lost and it is started anew"):
+        call.result()
+    assert silo.stub.FinishUpload(trailer, timeout=20).digest == trailer.content_digest
+
+
+def test_what_an_attempt_that_closes_no_longer_takes_is_gone(encrypted: Encrypted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It closes, and is swept, just before the upload gets its whole name: no later sweep need come."""
+    aggregator, durable = encrypted.aggregator, encrypted.aggregator.store.upload_durable
+
+    def closes_first(upload: Any) -> None:
+        aggregator.store.request_abort(encrypted.offer.run, "tester")
+        until(lambda: aggregator.store.run(encrypted.offer.run).phase == "aborted")
+        durable(upload)
+
+    monkeypatch.setattr(aggregator.server.driver, "_sweep", lambda: None)
+    monkeypatch.setattr(aggregator.store, "upload_durable", closes_first)
+    with refused(MessageError, "takes no uploads any more: it is abandoned"):
+        encrypted.silo.upload(encrypted.header(encrypted.content), encrypted.content)
+    assert encrypted.spool() == []

@@ -5,21 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from silo_agent.secure_sum.packing import (
-    MAX_MOMENT,
-    MOMENT_UNITS,
-    encode,
-    next_bounds,
-    pack,
-    start_bounds,
-    uniform,
-    unpack,
-)
-from wardround.chunks import COEFFICIENTS, MAX_CODE
+from silo_agent.secure_sum.packing import BLOCK, MOMENT_UNITS, encode, keystream, next_bounds, pack, start_bounds, uniform, unpack
+from wardround.chunks import COEFFICIENTS
 from wardround.errors import IntegrityError
+from wardround.he import he_parameters
 from wardround.layout import Array, Layout
 
 KEY = bytes(range(32))
+MAX_CODE = 65534
+ROWS = [he_parameters(*row) for row in ((32, 16), (64, 16), (128, 16), (1000, 12))]
 TWO = Layout((Array("a", (2, 2)), Array("b", (3,))))
 
 
@@ -54,10 +48,9 @@ def test_rounding_is_unbiased() -> None:
 
 
 def test_the_largest_uniform_does_not_carry_into_the_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("silo_agent.secure_sum.packing.stream", lambda key, words: np.full(words, 2**64 - 1, "<u8"))
-    uniform_max = uniform(KEY, 1)[0]
+    monkeypatch.setattr("silo_agent.secure_sum.packing.words", lambda stream, size: np.full(size, 2**32 - 1, "<u4"))
+    uniform_max = uniform(keystream(KEY), 1)[0]
     assert uniform_max < 1 and 32767 + uniform_max < 32768
-    monkeypatch.setattr("silo_agent.secure_sum.packing.uniform", lambda key, size: np.full(size, uniform_max))
     assert encode(np.full(7, 1.0, np.float32), TWO, (0, 0), 1.0, KEY).fields.max() == MAX_CODE
 
 
@@ -67,9 +60,30 @@ def test_refuses_what_is_not_finite(bad: float) -> None:
         encode(np.array([0, 0, 0, 0, 0, 0, bad], np.float32), TWO, (0, 0), 1.0, KEY)
 
 
-def test_huge_moments_stay_below_what_32_silos_can_add() -> None:
-    encoded = encode(np.full(7, 3e4, np.float32), TWO, (0, 0), 1.0, KEY)
-    assert encoded.moments == (MAX_MOMENT, MAX_MOMENT)
+@pytest.mark.parametrize("row", ROWS)
+def test_huge_moments_stay_below_what_all_silos_can_add(row) -> None:
+    encoded = encode(np.full(7, 3e38, np.float32), TWO, (0, 0), 1.0, KEY, row)
+    assert encoded.moments == (row.max_control, row.max_control)
+    assert row.max_silos * encoded.moments[0] < row.plain_modulus
+
+
+def test_codes_of_12_bits_by_hand() -> None:
+    update = np.array([1.0, -1.0, 0.5, 2.0, 0, 0, 0], np.float32)
+    fields = encode(update, TWO, (0, 0), 1.0, KEY, ROWS[3]).fields
+    assert (fields[0], fields[1], fields[3], fields[4]) == (4094, 0, 4094, 2047)
+    assert fields[2] in (2047 + 1023, 2047 + 1024)
+
+
+def test_values_are_rounded_alike_wherever_the_blocks_and_arrays_end() -> None:
+    sizes = (1, BLOCK - 1, 3, 2 * BLOCK + 5)
+    split = Layout(tuple(Array(str(i), (size,)) for i, size in enumerate(sizes)))
+    update = np.random.default_rng(1).normal(0, 0.3, sum(sizes)).astype(np.float32)
+    expected = 32767 + np.floor(np.clip(update.astype(np.float64), -1, 1) * 32767 + uniform(keystream(KEY), sum(sizes)))
+    encoded = encode(update, split, (0,) * 4, 1.0, KEY)
+    assert (encoded.fields == expected).all()
+    parts = np.split(update.astype(np.float64), np.cumsum(sizes)[:-1])
+    assert encoded.moments == pytest.approx([np.mean(part**2) * MOMENT_UNITS for part in parts], abs=1)
+    assert encoded.saturations == tuple(int((abs(part) > 1).sum()) for part in parts)
 
 
 @pytest.mark.parametrize("size", [1, 2, 8191, 8192, 8193])
@@ -80,10 +94,12 @@ def test_pack_and_back(size: int) -> None:
     assert (unpack(chunks, size) == fields).all()
 
 
-def test_32_silos_at_the_extreme_codes_add_up_without_a_carry() -> None:
-    fields = np.tile(np.array([MAX_CODE, 0, 0, MAX_CODE], np.uint64), 10)
-    total = sum((pack(fields) for _ in range(32)), np.zeros((1, COEFFICIENTS), np.uint64))
-    assert (unpack(total, 40) == 32 * fields).all()
+@pytest.mark.parametrize("row", ROWS)
+def test_all_silos_at_the_extreme_codes_add_up_without_a_carry(row) -> None:
+    fields = np.tile(np.array([row.max_code, 0, 0, row.max_code], np.uint64), 10)
+    total = pack(fields, row) * np.uint64(row.max_silos)
+    assert total.max() < row.plain_modulus
+    assert (unpack(total, 40, row) == row.max_silos * fields).all()
 
 
 def test_something_behind_the_last_parameter_is_refused() -> None:
@@ -113,4 +129,4 @@ def test_the_stream_is_aes_counter_mode() -> None:
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     block = Cipher(algorithms.AES(KEY), modes.ECB()).encryptor().update(bytes(16))
-    assert (uniform(KEY, 4) == np.frombuffer(block, "<u4") * 2.0**-32).all()
+    assert (uniform(keystream(KEY), 4) == np.frombuffer(block, "<u4") * 2.0**-32).all()

@@ -5,7 +5,7 @@ import pytest
 
 from silo_agent.secure_sum.check import PRIME, checked_sum, control_chunk, linear_check, upload_bytes
 from silo_agent.secure_sum.global_model import GlobalModel, model_mac
-from silo_agent.secure_sum.packing import encode
+from silo_agent.secure_sum.packing import derive, encode, keystream, words
 from wardround.chunks import ControlMap, clear_bytes, clear_coefficients, gate
 from wardround.errors import IntegrityError, MessageError
 from wardround.layout import Array, Layout
@@ -131,15 +131,60 @@ def test_the_gate_refuses_a_field_or_a_count_that_would_spoil_the_sum() -> None:
         gate(hidden.tobytes(), LAYOUT, 100)
 
 
-def test_the_check_is_linear_and_matches_its_definition() -> None:
-    from silo_agent.secure_sum.packing import derive, stream
+@pytest.mark.parametrize("at", [*range(3, 10), 4095])
+def test_a_shifted_control_integer_is_noticed(at: int) -> None:
+    total = add(honest())
+    total[0, at] += np.uint64(1)
+    with pytest.raises(IntegrityError, match=r"linear check|exceeds"):
+        checked_sum(total, LAYOUT, CONTROL, DECLARED, CTX, SECRET)
 
-    fields = np.arange(3000, dtype=np.uint64) * np.uint64(21)
-    words = stream(derive(SECRET, b"wardround/check/1", CTX), 1500).view("<u4")
-    assert linear_check(fields, CTX, SECRET) == sum(int(r) * int(f) for r, f in zip(words, fields, strict=True)) % PRIME
-    other = fields[::-1].copy()
-    both = (linear_check(fields, CTX, SECRET) + linear_check(other, CTX, SECRET)) % PRIME
-    assert linear_check(fields + other, CTX, SECRET) == both
+
+def test_a_shifted_metric_is_noticed_in_the_closing_round() -> None:
+    control = ControlMap(0, ("dice",))
+    total = sum(control_chunk(control, d, None, {"dice": 0.25}, CTX, SECRET) for d in DECLARED)
+    total[0, 4] += np.uint64(1)
+    with pytest.raises(IntegrityError, match="linear check"):
+        checked_sum(total, None, control, DECLARED, CTX, SECRET)
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (ControlMap.CHECK, 3 * (PRIME - 1) + 1),
+        (ControlMap.METRIC_SILOS, 4),
+        (ControlMap.METRIC_SILOS, 2**42 - 1),
+        (4, 3 * 5000 + 1),  # saturations of the first array
+        (7, 3 * (2**37 - 1) + 1),  # second moments of the second
+        (8, 2 * (2**37 - 1) + 1),  # a metric that two silos measured
+        (10, 1),  # a place that nobody fills
+    ],
+)
+def test_control_integers_no_honest_sum_can_hold_are_noticed(at: int, value: int) -> None:
+    total = add(honest())
+    total[0, at] = value
+    with pytest.raises(IntegrityError, match=f"control integer {at} .* exceeds"):
+        checked_sum(total, LAYOUT, CONTROL, DECLARED, CTX, SECRET)
+
+
+def test_the_check_is_linear_and_matches_its_definition() -> None:
+    head = np.zeros(4096, np.uint64)
+    head[:8] = 1, 100, 77, 1, 3, 2**37, 2**36 + 5, 9
+    fields = np.arange(20_000, dtype=np.uint64) * np.uint64(419)  # up to 2^23
+    r = words(keystream(derive(SECRET, b"wardround/check/1", CTX)), 24_096)
+    assert fields.max() < 2**23
+    terms = [0 if j == ControlMap.CHECK else int(f) for j, f in enumerate(np.concatenate([head, fields]))]
+    expected = sum(int(word) * term for word, term in zip(r, terms, strict=True)) % PRIME
+    assert linear_check(head, fields, CTX, SECRET) == expected
+    half, other = np.uint64(2) * head, fields[::-1] // np.uint64(2)
+    single = linear_check(head, fields // np.uint64(2), CTX, SECRET), linear_check(half, other, CTX, SECRET)
+    assert linear_check(head + half, fields // np.uint64(2) + other, CTX, SECRET) == sum(single) % PRIME
+
+
+def test_the_largest_fields_do_not_overflow_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("silo_agent.secure_sum.check.words", lambda stream, size: np.full(size, 2**32 - 1, "<u4"))
+    fields = np.full(20_000, 2**23 - 1, np.uint64)
+    expected = 20_000 * (2**32 - 1) * (2**23 - 1) % PRIME
+    assert linear_check(np.zeros(4096, np.uint64), fields, CTX, SECRET) == expected
 
 
 def test_server_momentum_by_hand_and_a_model_survives_its_file() -> None:

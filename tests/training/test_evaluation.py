@@ -38,5 +38,12 @@ def test_metrics_of_the_split_only(tmp_path: Path) -> None:
     assert metrics["hd95_mm"] == pytest.approx(0, abs=3)
 
 
+def test_without_distances_dice_is_the_same(tmp_path: Path) -> None:
+    snapshot = hospital(tmp_path)
+    metrics, num_patients = evaluate(Thresholds(), plan(), snapshot, "validation", CPU)
+    del metrics["hd95_mm"]
+    assert evaluate(Thresholds(), plan(), snapshot, "validation", CPU, distances=False) == (metrics, num_patients)
+
+
 def test_no_patients_no_metrics(tmp_path: Path) -> None:
     assert evaluate(Thresholds(), plan(), hospital(tmp_path), "nowhere", CPU) == ({}, 0)

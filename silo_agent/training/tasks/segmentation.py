@@ -66,7 +66,7 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
     return (cross_entropy + 1 - dice.mean(1)).mean()
 
 
-def score(predicted: np.ndarray, truth: np.ndarray, num_classes: int, spacing_mm: Sequence[float]) -> np.ndarray:
+def score(predicted: np.ndarray, truth: np.ndarray, num_classes: int, spacing_mm: Sequence[float] | None) -> np.ndarray:
     """Dice and HD95 of one volume: float64 [2, structures], class indices in [depth, height, width], background left out.
 
     | structure is in     | Dice | HD95 in mm                                                              |
@@ -74,14 +74,17 @@ def score(predicted: np.ndarray, truth: np.ndarray, num_classes: int, spacing_mm
     | label and prediction | 2*overlap/sum | the larger of the two directed 95th percentiles of surface distance |
     | only one of them    | 0    | the volume's diagonal: finite, and no prediction inside can be worse     |
     | neither             | NaN  | NaN: says nothing, left out of every mean                               |
+
+    Without a spacing no distance is measured: its row is NaN.
     """
-    diagonal = dist((0.0,) * 3, [edge * mm for edge, mm in zip(truth.shape, spacing_mm, strict=True)])
+    diagonal = nan if spacing_mm is None else dist((0, 0, 0), [n * mm for n, mm in zip(truth.shape, spacing_mm, strict=True)])
     result = np.full((2, num_classes - 1), nan)
     for index in range(1, num_classes):
         p, t = predicted == index, truth == index
         volume = int(p.sum()) + int(t.sum())
         if p.any() and t.any():
-            result[:, index - 1] = 2 * int((p & t).sum()) / volume, _hd95_mm(p, t, spacing_mm)
+            hd95 = nan if spacing_mm is None else _hd95_mm(p, t, spacing_mm)
+            result[:, index - 1] = 2 * int((p & t).sum()) / volume, hd95
         elif volume:
             result[:, index - 1] = 0.0, diagonal
     return result
@@ -99,12 +102,15 @@ def summarize(scores: Sequence[Sequence[np.ndarray]], plan: Plan) -> dict[str, f
     """`dice/<class>`, their mean `dice`, and `hd95_mm`, from the scores of each patient's studies (shape of `score`).
 
     A mean over a patient's studies, then over patients, then over structures: every patient counts once. NaN is left out at
-    each stage; a structure that no patient has or is given has no key, and without any structure the result is empty.
+    each stage; a structure that no patient has or is given has no key, without any structure the result is empty, and
+    without any distance there is no `hd95_mm`.
     """
     dice, hd95 = _mean([_mean(studies) for studies in scores])
     metrics = {f"dice/{name}": float(v) for name, v in zip(plan.classes[1:], dice, strict=True) if not np.isnan(v)}
     if metrics:
-        metrics |= {"dice": float(np.nanmean(dice)), "hd95_mm": float(np.nanmean(hd95))}
+        metrics["dice"] = float(np.nanmean(dice))
+    if not np.isnan(hd95).all():
+        metrics["hd95_mm"] = float(np.nanmean(hd95))
     return metrics
 
 
