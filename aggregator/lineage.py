@@ -216,7 +216,8 @@ def note_of(view: RunView) -> str:
         lines.append(
             f"{view.rounds[-1].cohort_size} hospitals in the newest round; at least {plan.aggregation.min_silos} in every round"
         )
-    lines.append("no differential privacy: epsilon is unbounded")
+    if (privacy := plan.privacy) is not None:
+        lines.append(f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each patient and this whole run, by DP-SGD")
     lines += plan.caveats
     lines += [" ".join(note.split())[:MAX_NOTE_CHARS] for note in view.notes]
     return "\n".join(f"- {line}" for line in dict.fromkeys(lines))

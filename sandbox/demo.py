@@ -207,7 +207,7 @@ def show(console: Console, plan: Plan, federated: Dice, baselines: Baselines, va
     say("pooled draws three times the batch: as many steps and samples as the federation; no hospital could do that")
     say(
         "\n".join(
-            ("audit chains verified; updates travelled encrypted (BFV), no differential privacy yet", *plan.caveats, SIMULATED)
+            ("audit chains verified; updates travelled encrypted (BFV)", *plan.caveats, SIMULATED)
         )
     )
     say(f"{value['seconds']:.0f} s after the data was there, {value['peak_memory_bytes'] / 1e9:.1f} GB resident at most")

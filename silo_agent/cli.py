@@ -19,6 +19,7 @@ from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.policy import judge, load_policy
 from silo_agent.custody.roster import approve
 from silo_agent.custody.state import State
+from silo_agent.ledger_cli import ledger_app
 from silo_agent.membership import connect, stand_by
 from wardround import tls
 from wardround.canonical import digest_name
@@ -33,7 +34,7 @@ app = command_line("One hospital's side of a federation: keeps the keys, guards 
 data_app = command_line("Data: what this hospital's studies look like to a plan.")
 policy_app = command_line("Policy: what this hospital takes part in.")
 roster_app = command_line("The roster: which hospitals this one deals with.")
-for name, group in (("data", data_app), ("policy", policy_app), ("roster", roster_app)):
+for name, group in (("data", data_app), ("policy", policy_app), ("roster", roster_app), ("ledger", ledger_app)):
     app.add_typer(group, name=name)
 
 CHECK_LOOK_S = 1.0

@@ -1,14 +1,16 @@
 """`wardround`: what a coordinator or researcher does offline, with the thin install. Also how all three command lines end."""
 
 import json
+import math
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from wardround import audit
+from wardround import accounting, audit
 from wardround.canonical import digest_name
 from wardround.errors import ConflictError, SettingsError, StorageError, WardroundError
 from wardround.keyfiles import ed25519_key, private_pem, read_secret, write_secret
@@ -87,7 +89,28 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "rounds_with_closing": plan.rounds + 1,
         "min_silos": minimum,
         "absent": f"every silo beyond {minimum} may be absent from a round; at most {he.max_silos} can be in one",
+        **_cost_facts(plan),
         "notes": list(plan.caveats),
+    }
+
+
+def _cost_facts(plan: Plan) -> dict[str, Any]:
+    """What the run costs every patient: epsilon in all, and the epsilon_cap from which a hospital's empty ledger takes it.
+
+    Raises PlanError when the plan's numbers cannot fit together.
+    """
+    event = accounting.round_event(plan)
+    if plan.privacy is None or event is None:
+        return {}
+    events, delta = Counter({event: plan.rounds}), plan.privacy.delta
+    cap = accounting.cap_needed(events, delta)
+    return {
+        "noise_multiplier": event.noise_multiplier,
+        "private_steps": plan.rounds * event.steps,
+        "epsilon": round(accounting.pld_epsilon(events, delta), 4),
+        "delta": delta,
+        "epsilon_cap_needed": cap or "no ledger admits this run",
+        "patients_needed": math.ceil(1 / event.sample_rate),
     }
 
 

@@ -4,6 +4,7 @@ Unknown keys are refused. Combinations that cannot keep their promise are not co
 door, and every later stage takes a Plan.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +17,7 @@ from wardround.errors import PlanError
 from wardround.he import HeParameters, he_parameters
 
 MAX_PLAN_BYTES = 64 * 1024
+UNBOUNDED = "without privacy: nothing bounds what the model tells about one patient"
 UNMASKED = "one hospital together with the aggregator could read every update; masks come next"
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -96,13 +98,38 @@ class Optimizer(_Part):
 
 
 class Training(_Part):
-    """Local training: `steps` optimizer steps a round, each on `batch_size` patients (one random patch each)."""
+    """Local training: `steps` optimizer steps a round, each on `batch_size` patients (one random patch each).
+
+    With `privacy`, each patient is drawn by privacy.sample_rate instead, and `batch_size` is left out (0).
+    """
 
     algorithm: Literal["fedprox"]
     mu: NonNegative = 0.0
     steps: Count
-    batch_size: Count
+    batch_size: Annotated[int, Field(ge=0)] = 0
     optimizer: Optimizer
+
+
+class Privacy(_Part):
+    """Differential privacy of every patient, over the whole run and whatever the other hospitals do; absent: none.
+
+    The noise multiplier follows from epsilon, delta, sample_rate and rounds x training.steps: wardround/accounting.py.
+    """
+
+    unit: Literal["patient"]
+    """One patient added or removed, with all of its studies."""
+
+    epsilon: Annotated[float, Field(gt=0, le=50)]
+    """Of the whole run. Above 50 it promises nothing."""
+
+    delta: Annotated[float, Field(ge=1e-12, le=1e-2)]
+    """Below 1 / patients of a hospital; under 1e-12 the accountant's own truncation would count."""
+
+    max_grad_norm: Positive
+    """The L2 norm that each patient's gradient is clipped to, all parameters together."""
+
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    """The probability with which a step draws a patient, each independently."""
 
 
 class Server(_Part):
@@ -150,6 +177,7 @@ class Plan(_Part):
     model: Model
     data: Data
     training: Training
+    privacy: Privacy | None = None
     aggregation: Aggregation
     rounds: Annotated[int, Field(ge=1, le=10_000)]
     validate_every: Count = 1
@@ -162,6 +190,12 @@ class Plan(_Part):
             raise ValueError(f"classes must differ: got {', '.join(self.classes)}")
         if self.classes[0] != "background":
             raise ValueError(f"the first of classes must be background, the voxels no segment claims: got {self.classes[0]}")
+        if (self.training.batch_size == 0) != (self.privacy is not None):
+            raise ValueError(
+                "training.batch_size: missing"
+                if self.privacy is None
+                else "training.batch_size and privacy exclude each other: privacy.sample_rate says who is in a step; leave it out"
+            )
         if isinstance(self.model, ResNet18):
             raise ValueError("model.network ResNet18 classifies; task segmentation needs UNet")
         for edge, factor in zip(self.data.patch, [_product(self.model.strides)] * 3, strict=False):
@@ -177,7 +211,7 @@ class Plan(_Part):
     @property
     def caveats(self) -> tuple[str, ...]:
         """What everyone who looks at a run of this plan must be told, whatever else is said of it."""
-        return (UNMASKED,)
+        return (UNMASKED,) if self.privacy else (UNMASKED, UNBOUNDED)
 
     def canonical(self) -> bytes:
         """The bytes that travel and that the digest covers."""
@@ -191,12 +225,19 @@ def _product(factors: tuple[int, ...]) -> int:
     return result
 
 
+class _Loader(yaml.SafeLoader):
+    """SafeLoader, which also reads 1e-05 as the number that JSON, YAML 1.2 and people mean: YAML 1.1 wants 1.0e-05."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
 def parse_plan(text: bytes) -> Plan:
     """A plan from YAML (or canonical JSON, which is YAML). Raises PlanError: each key, what was expected, what was seen."""
     if len(text) > MAX_PLAN_BYTES:
         raise PlanError(f"a plan has at most {MAX_PLAN_BYTES} bytes: this one has {len(text)}")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         raise PlanError(f"the plan is not YAML{f' (line {mark.line + 1})' if mark else ''}") from None

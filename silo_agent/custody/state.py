@@ -12,6 +12,8 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from silo_agent.custody import ledger
+from silo_agent.custody.ledger import Ledger
 from silo_agent.round import NEVER, Attempt, Facts, Stance
 from wardround import audit
 from wardround.errors import ConflictError, SettingsError, StorageError
@@ -133,8 +135,7 @@ class State:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
-            self._db.execute("PRAGMA secure_delete = ON")
-            self._db.executescript(SCHEMA + audit.SCHEMA)
+            self._db.executescript(SCHEMA + audit.SCHEMA + ledger.SCHEMA)
             if audit_key is not None:
                 self._wipe()
         except OSError as error:
@@ -153,7 +154,8 @@ class State:
                 try:
                     yield self._db
                 except BaseException:
-                    self._db.execute("ROLLBACK")
+                    if self._db.in_transaction:  # a full disk has ended it already
+                        self._db.execute("ROLLBACK")
                     raise
                 self._db.execute("COMMIT")
             except sqlite3.Error as error:
@@ -205,6 +207,16 @@ class State:
     def activity(self) -> sqlite3.Row | None:
         row: sqlite3.Row | None = self._one("SELECT * FROM activity")
         return row
+
+    @contextmanager
+    def ledger(self) -> Iterator[Ledger]:
+        """The privacy ledger, verified, in one transaction; whatever line is appended to it is recorded in the audit chain too."""
+        with self._transaction() as db:
+            book = Ledger(db, (self.meta("silo") or b"").decode())
+            known = len(book.lines)
+            yield book
+            for line in book.lines[known:]:
+                self._record(db, f"ledger {line.kind}", line.body | {"line": line.seq, "hash": line.hash.hex()})
 
     # --- rosters ---------------------------------------------------------------------------------------------------------------
 
@@ -456,6 +468,8 @@ def _storage(error: sqlite3.Error) -> StorageError:
         return StorageError(
             f"the silo's database is locked by another process for more than {BUSY_TIMEOUT_S:.0f} s; it is tried again"
         )
+    if "readonly" in text:
+        return StorageError("the silo's database cannot be written: its disk or file is read-only; nothing goes on until it can be")
     if "full" in text:
         return StorageError("the disk under the silo's database is full: nothing was lost; free space and it goes on")
     if "malformed" in text or "not a database" in text:

@@ -1,5 +1,6 @@
 """The smallest plan that goes through every stage."""
 
+from wardround.canonical import canonical_json
 from wardround.plan import Plan, parse_plan
 
 TINY = """
@@ -23,3 +24,11 @@ def tiny(aggregation: dict[str, object] | None = None, **top: object) -> Plan:
     plan = parse_plan(TINY.encode())
     changed = plan.aggregation.model_copy(update=aggregation or {})
     return parse_plan(plan.model_copy(update={"aggregation": changed, **top}).canonical())
+
+
+def private(*, rounds: int = 4, steps: int = 1, **privacy: float) -> Plan:
+    """TINY under differential privacy."""
+    value = tiny(rounds=rounds).model_dump(mode="json")
+    value["training"] |= {"steps": steps, "batch_size": 0}
+    value["privacy"] = {"unit": "patient", "epsilon": 8.0, "delta": 1e-5, "max_grad_norm": 1.0, "sample_rate": 0.5} | privacy
+    return parse_plan(canonical_json(value))

@@ -9,11 +9,12 @@ import pytest
 import typer
 
 from tests.support.identities import OPERATOR, OPERATOR_PUBLIC, chain, ed25519, member, public
-from tests.support.plans import TINY
+from tests.support.plans import TINY, private
 from wardround import audit
 from wardround.cli import command_line, main, run
 from wardround.errors import BY_CODE
 from wardround.keyfiles import ed25519_key, private_pem, write_secret
+from wardround.plan import UNBOUNDED, UNMASKED
 from wardround.roster import draft, parse_roster, read_public_key, sign_roster, write_public_key
 
 
@@ -54,7 +55,25 @@ def test_plan_validate_says_what_a_plan_costs(wardround, plan):
     assert facts["mb_up_per_run"] == 0.14  # 2 rounds, and the closing one of one chunk
     assert (facts["rounds"], facts["rounds_with_closing"], facts["min_silos"]) == (2, 3, 3)
     assert facts["digest"].startswith("sha256:")
-    assert facts["notes"] == ["one hospital together with the aggregator could read every update; masks come next"]
+    assert facts["notes"] == [UNMASKED, UNBOUNDED]
+
+
+def test_plan_validate_says_what_privacy_costs(wardround, plan):
+    plan.write_bytes(private(epsilon=8.0, sample_rate=0.08, rounds=75, steps=2).canonical())
+    code, out, _ = wardround("plan", "validate", plan, "--json")
+    facts = json.loads(out)
+    assert (code, facts["noise_multiplier"], facts["private_steps"], facts["delta"]) == (0, 0.921, 150, 1e-5)
+    assert 7.9 < facts["epsilon"] <= 8.0 < facts["epsilon_cap_needed"] <= 1.25 * 8.0
+    assert facts["patients_needed"] == 13  # 0.08 of them is one a step
+    assert not any("without privacy" in note for note in facts["notes"])
+
+
+def test_plan_validate_refuses_privacy_that_cannot_be_kept(wardround, plan):
+    plan.write_bytes(private(epsilon=0.01, sample_rate=1.0, rounds=100).canonical())
+    code, out, err = wardround("plan", "validate", plan)
+    assert (code, out) == (2, "")
+    assert err.startswith("error (plan): privacy: epsilon 0.01 at delta 1e-05 cannot be kept over 100 steps")
+    assert "What fits: epsilon 0." in err
 
 
 def test_plan_validate_for_people(wardround, plan):
@@ -62,6 +81,7 @@ def test_plan_validate_for_people(wardround, plan):
     assert "every silo beyond 3 may be absent from a round" in out
     assert "at most 32 can be in one" in out
     assert "one hospital together with the aggregator could read every update" in out
+    assert "without privacy: nothing bounds what the model tells about one patient" in out
 
 
 def test_a_bad_plan_is_one_line_and_exit_code_2(wardround, plan):
@@ -242,7 +262,7 @@ def test_every_error_ends_a_command_line_alike(kind, monkeypatch, capsys):
 
 
 def test_the_thin_install_needs_no_heavy_package(plan):
-    heavy = {"torch", "monai", "pydicom", "sqlalchemy", "mlflow", "aggregator", "silo_agent"}
+    heavy = {"scipy", "dp_accounting", "torch", "monai", "pydicom", "sqlalchemy", "mlflow", "aggregator", "silo_agent"}
     script = f"""
 import sys
 from wardround.cli import main

@@ -3,11 +3,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.plans import TINY, tiny
+from tests.support.plans import TINY, private, tiny
 from wardround.errors import PlanError
 from wardround.he import he_parameters
 from wardround.plan import MAX_PLAN_BYTES, load_plan, parse_plan
 
+PRIVACY = {"unit": "patient", "epsilon": 8.0, "delta": 1.0e-5, "max_grad_norm": 1.0, "sample_rate": 0.08}
 PLANS = sorted((Path(__file__).parents[2] / "configs" / "plans").glob("*.yaml"))
 
 
@@ -37,6 +38,19 @@ def test_the_digest_is_of_the_value_not_the_text():
     assert parse_plan(yaml.safe_dump(yaml.safe_load(TINY), sort_keys=True).encode()).digest == plan.digest
     assert parse_plan(changed("training.optimizer.momentum", 0.0)).digest == plan.digest  # a default written out
     assert parse_plan(changed("rounds", 3)).digest != plan.digest
+
+
+def test_a_private_plan_survives_its_own_canonical_bytes():
+    plan = private(delta=1e-5)
+    assert parse_plan(plan.canonical()) == plan and b"1e-05" in plan.canonical()  # YAML 1.1 would read a string
+    assert plan.privacy is not None and plan.privacy.delta == 1e-5
+    assert private(delta=1e-6).digest != plan.digest
+
+
+@pytest.mark.parametrize(("written", "read"), [("1e-5", 1e-5), ("1E+2", 100.0), ("+2e0", 2.0), ("1.0e-5", 1e-5), ("3", 3)])
+def test_numbers_are_read_as_people_write_them(written, read):
+    plan = parse_plan(TINY.replace("mu: 0.01", f"mu: {written}").encode())
+    assert plan.training.mu == read
 
 
 @pytest.mark.parametrize(
@@ -79,6 +93,20 @@ def test_the_digest_is_of_the_value_not_the_text():
         ("aggregation.encryption", "none", "aggregation.encryption: "),
         ("aggregation.masking", "pairwise", "aggregation.masking: "),
         ("release", "public", "release: "),
+        ("training.batch_size", None, "training.batch_size: missing"),
+        ("training.batch_size", -1, "training.batch_size: "),
+        ("privacy", {}, "privacy.epsilon: missing"),
+        ("privacy", PRIVACY, "training.batch_size and privacy exclude each other"),
+        ("privacy", PRIVACY | {"unit": "record"}, "privacy.unit: "),
+        ("privacy", PRIVACY | {"epsilon": 0.0}, "privacy.epsilon: "),
+        ("privacy", PRIVACY | {"epsilon": 51.0}, "privacy.epsilon: "),
+        ("privacy", PRIVACY | {"epsilon": float("nan")}, "privacy.epsilon: "),
+        ("privacy", PRIVACY | {"delta": 0.0}, "privacy.delta: "),
+        ("privacy", PRIVACY | {"delta": 0.5}, "privacy.delta: "),
+        ("privacy", PRIVACY | {"max_grad_norm": float("inf")}, "privacy.max_grad_norm: "),
+        ("privacy", PRIVACY | {"sample_rate": 0.0}, "privacy.sample_rate: "),
+        ("privacy", PRIVACY | {"sample_rate": 1.5}, "privacy.sample_rate: "),
+        ("privacy", PRIVACY | {"noise_multiplier": 1.0}, "privacy.noise_multiplier: unknown key"),
     ],
 )
 def test_a_plan_that_does_not_hold_names_the_key(path, value, told):
