@@ -45,12 +45,12 @@ def refuse_inseparable(network: nn.Module, input_shape: Sequence[int]) -> None:
             raise _refusal(owner, network.get_submodule(owner), "its gradient is not one patient's own")
 
 
-def backward(loss: Tensor) -> None:
+def backward(loss: Tensor, retain_graph: bool = False) -> None:
     """loss.backward() under Opacus's hooks."""
     with warnings.catch_warnings():
         # Images need no gradient, so the first layer's hook hears of its output only: all that Opacus takes from it.
         warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
 
 
 def _by_hooks(network: nn.Module, rows: Tensor) -> list[Tensor | None]:

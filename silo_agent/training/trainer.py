@@ -21,6 +21,7 @@ from silo_agent.training.evaluation import evaluate
 from silo_agent.training.fedprox import Gradient, local_update
 from silo_agent.training.networks import as_bytes, build_network, initial_parameters, load_parameters
 from silo_agent.training.noise import round_randomness
+from silo_agent.training.shapes import learn_shapes
 from silo_agent.training.tasks import segmentation
 from silo_agent.work import TrainerResult, TrainerWork
 from wardround.canonical import frame, sha256
@@ -39,9 +40,7 @@ def handle(work: TrainerWork) -> TrainerResult:
     """
     began = time.monotonic()
     if work.kind == "initialize":
-        return TrainerResult(
-            values=initial_parameters(layout_of(work.plan), work.plan.initial.seed), seconds=time.monotonic() - began
-        )
+        return TrainerResult(values=start_of(work.plan), seconds=time.monotonic() - began)
     snapshot = _snapshot_of(work)
     device = prepare_device()
     network = network_of(work.plan, work.parameters, device)
@@ -53,6 +52,17 @@ def handle(work: TrainerWork) -> TrainerResult:
         return TrainerResult(values=values, num_patients=num_patients, seconds=time.monotonic() - began, device=device.type)
     metrics, num_patients = evaluate(network, work.plan, snapshot, "validation", device)
     return TrainerResult(metrics=metrics, num_patients=num_patients, seconds=time.monotonic() - began, device=device.type)
+
+
+def start_of(plan: Plan) -> bytes:
+    """The public initial model: from the seed alone, then trained on drawn shapes if the plan says so, always on the CPU."""
+    start = initial_parameters(layout_of(plan), plan.initial.seed)
+    if plan.initial.shapes_steps == 0:
+        return start
+    prepare_device()
+    network = network_of(plan, start, torch.device("cpu"))
+    learn_shapes(network, plan)
+    return as_bytes(list(network.parameters()))
 
 
 def _snapshot_of(work: TrainerWork) -> Snapshot:

@@ -85,9 +85,14 @@ def _padded(piece: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over rows of cross-entropy (mean over pixels) plus 1 - soft Dice (mean over structures, background left out).
+    """The mean of `losses`, a scalar."""
+    return losses(logits, labels).mean()
 
-    logits [n, classes, *space] float32, labels [n, *space] int64 -> scalar. Soft Dice is Milletari et al. 2016 (V-Net) with
+
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each row: cross-entropy (mean over pixels) plus 1 - soft Dice (mean over structures, background left out).
+
+    logits [n, classes, *space] float32, labels [n, *space] int64 -> [n]. Soft Dice is Milletari et al. 2016 (V-Net) with
     plain sums and 1 added above and below: a structure absent from label and prediction scores 1, and one absent from the
     label alone still has a gradient. Cross-entropy by products, for torch's own has no deterministic backward on CUDA.
     """
@@ -96,7 +101,7 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
     cross_entropy = -(truth * log_probability).sum(1).flatten(1).mean(1)
     probability, truth = log_probability.exp()[:, 1:].flatten(2), truth[:, 1:].flatten(2)
     dice = (2 * (probability * truth).sum(2) + 1) / (probability.sum(2) + truth.sum(2) + 1)
-    return (cross_entropy + 1 - dice.mean(1)).mean()
+    return cross_entropy + 1 - dice.mean(1)
 
 
 def score(predicted: np.ndarray, truth: np.ndarray, num_classes: int, spacing_mm: Sequence[float]) -> np.ndarray:
