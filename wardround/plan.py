@@ -4,6 +4,7 @@ Unknown keys are refused. Combinations that cannot keep their promise are not co
 door, and every later stage takes a Plan.
 """
 
+import re
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -282,12 +283,19 @@ class Plan(_Part):
         return canonical_json(self.model_dump(mode="json"))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-05, as JSON writes a small number, as text: here it is the number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
 def parse_plan(text: bytes) -> Plan:
     """A plan from YAML (or canonical JSON, which is YAML). Raises PlanError: each key, what was expected, what was seen."""
     if len(text) > MAX_PLAN_BYTES:
         raise PlanError(f"a plan has at most {MAX_PLAN_BYTES} bytes: this one has {len(text)}")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         raise PlanError(f"the plan is not YAML{f' (line {mark.line + 1})' if mark else ''}") from None
