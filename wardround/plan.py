@@ -196,24 +196,36 @@ class Optimizer(_Part):
 class Training(_Part):
     """Local training: `steps` optimizer steps a round, each on `batch_size` patients (one random patch each).
 
-    With `privacy` its sample_rate says how many patients a step draws, and batch_size is left out.
+    With `privacy`, each patient is drawn by privacy.sample_rate instead, and `batch_size` is left out (0).
     """
 
     algorithm: Literal["fedprox"]
     mu: NonNegative = 0.0
     steps: Count
-    batch_size: Count | None = None
+    batch_size: Annotated[int, Field(ge=0)] = 0
     optimizer: Optimizer
 
 
 class Privacy(_Part):
-    """Patient-level differential privacy of the whole run (secure-sum.md section 4). The noise multiplier follows from it."""
+    """Differential privacy of every patient, over the whole run and whatever the other hospitals do; absent: none.
+
+    The noise multiplier follows from epsilon, delta, sample_rate and rounds x training.steps: wardround/accounting.py.
+    """
 
     unit: Literal["patient"]
-    epsilon: Positive
-    delta: Annotated[float, Field(gt=0, lt=1)]
-    max_grad_norm: Positive  # the clip of one patient's gradient, in the 2-norm over all parameters
-    sample_rate: Annotated[float, Field(gt=0, le=1)]  # each step draws every patient independently with this probability
+    """One patient added or removed, with all of its studies."""
+
+    epsilon: Annotated[float, Field(gt=0, le=50)]
+    """Of the whole run. Above 50 it promises nothing."""
+
+    delta: Annotated[float, Field(ge=1e-12, le=1e-2)]
+    """Below 1 / patients of a hospital; under 1e-12 the accountant's own truncation would count."""
+
+    max_grad_norm: Positive
+    """The L2 norm that each patient's gradient is clipped to, all parameters together."""
+
+    sample_rate: Annotated[float, Field(gt=0, le=1)]
+    """The probability with which a step draws a patient, each independently."""
 
 
 class Server(_Part):
@@ -259,12 +271,14 @@ class Plan(_Part):
             raise ValueError(f"classes must differ: got {', '.join(self.classes)}")
         if self.classes[0] != "background":
             raise ValueError(f"the first of classes must be background, the voxels no segment claims: got {self.classes[0]}")
+        if (self.training.batch_size == 0) != (self.privacy is not None):
+            raise ValueError(
+                "training.batch_size: missing"
+                if self.privacy is None
+                else "training.batch_size and privacy exclude each other: privacy.sample_rate says who is in a step; leave it out"
+            )
         if self.model.classifies:
             raise ValueError(f"model.network {self.model.network} classifies; task segmentation needs UNet, BasicUNet or SegResNet")
-        if (self.training.batch_size is None) != (self.privacy is not None):
-            raise ValueError(
-                "how many patients a step takes is training.batch_size, or privacy.sample_rate: exactly one of the two"
-            )
         factor = self.model.patch_factor
         odd = [edge for edge in self.data.patch if edge % factor]
         if odd:
@@ -284,10 +298,10 @@ class Plan(_Part):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-05, as JSON writes a small number, as text: here it is the number, as in YAML 1.2."""
+    """SafeLoader, which also reads 1e-05 as the number that JSON, YAML 1.2 and people mean: YAML 1.1 wants 1.0e-05."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 def parse_plan(text: bytes) -> Plan:

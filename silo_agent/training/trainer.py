@@ -182,7 +182,6 @@ def _gradients(
     device: torch.device,
 ) -> Iterator[Gradient]:
     """One gradient per step of the plan, each of a fresh batch."""
-    assert plan.training.batch_size is not None  # noqa: S101 - a plan without privacy has one
     for step in range(plan.training.steps):
         images, labels = segmentation.draw_batch(
             snapshot, patients, plan.training.batch_size, plan.data.patch, step_random(random_key, step)
