@@ -53,14 +53,14 @@ def draw(shape: Sequence[int], num_classes: int, random: np.random.Generator) ->
     centre, radius = random.uniform(-0.1, 0.1, len(shape)), random.uniform(0.6, 1.0, len(shape))
     distance = np.sqrt((((grid - centre.reshape(-1, *axes)) / radius.reshape(-1, *axes)) ** 2).sum(0))
     inside = distance + 0.05 * _waves(shape, 6, random) < 1
-    height = np.minimum(4 * (1 - distance), 1) + _waves(shape, int(random.integers(8, 20)), random)
+    height = 2 * np.minimum(4 * (1 - distance), 1) + _waves(shape, int(random.integers(8, 20)), random)
     levels = np.quantile(height[inside], np.cumsum(random.dirichlet([1.0] + [3.0] * (num_classes - 1)))[:-1])
     labels = np.where(inside, (height > levels.reshape(-1, *axes)).sum(0), 0)
     signals = np.sort(random.uniform(0.15, 1.0, num_classes))
     signals = signals if random.random() < 0.5 else signals[::-1]
-    image = gaussian_filter(np.where(inside, signals[labels], 0.0), random.uniform(0.0, 0.7))
-    image *= np.exp(random.uniform(0.0, 0.4) * _waves(shape, 3, random))
-    noise = random.normal(0, random.uniform(0.02, 0.07), (2, *shape))
+    image = gaussian_filter(np.where(inside, signals[labels], 0.0), random.uniform(0.3, 1.0))
+    image *= np.exp(random.uniform(0.0, 0.6) * _waves(shape, 3, random))
+    noise = random.normal(0, random.uniform(0.01, 0.08), (2, *shape))
     image = np.hypot(image + noise[0], noise[1])
     return ((image - image.mean()) / image.std()).astype(np.float32), labels.astype(np.int64)
 
