@@ -19,9 +19,7 @@ import numpy as np
 
 from silo_agent.snapshot import Snapshot, read_snapshot
 from silo_agent.training.evaluation import evaluate
-from silo_agent.training.networks import initial_parameters
-from silo_agent.training.trainer import network_of, prepare_device, train
-from wardround.layout import layout_of
+from silo_agent.training.trainer import network_of, prepare_device, start_of, train
 from wardround.plan import Plan
 
 NUM_PROCESSES = 2
@@ -82,8 +80,8 @@ def _baseline(plan: Plan, owned: dict[str, Path], tests: dict[str, Path], seed: 
 
 def train_alone(plan: Plan, snapshot: Snapshot, seed: int) -> bytes:
     """The model after all rounds of a federation whose only silo holds `snapshot`: float32, little-endian, layout order."""
-    device, layout = prepare_device(), layout_of(plan)
-    theta = np.frombuffer(initial_parameters(layout, plan.initial.seed), "<f4").astype(np.float64)
+    device = prepare_device()
+    theta = np.frombuffer(start_of(plan), "<f4").astype(np.float64)
     velocity = np.zeros_like(theta)
     for number in range(1, plan.rounds + 1):
         network = network_of(plan, theta.astype("<f4").tobytes(), device)

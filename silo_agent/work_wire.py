@@ -74,7 +74,10 @@ def read_work(program: str, facts: str, data: bytes) -> Work:
     if plan is None:
         raise MessageError("work for the trainer needs a plan")
     snapshot = None if value["snapshot"] is None else Path(value["snapshot"])
-    return TrainerWork(value["kind"], plan, value["round"], data, snapshot, bytes.fromhex(value["random_key"]))
+    return TrainerWork(
+        value["kind"], plan, value["round"], data, snapshot, bytes.fromhex(value["random_key"]), value["noise_multiplier"],
+        value["declared_patients"],
+    )  # fmt: skip
 
 
 def result_facts(result: Result) -> tuple[str, bytes]:

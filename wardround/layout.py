@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from wardround.canonical import canonical_json, sha256
-from wardround.plan import Model, Plan, UNet
+from wardround.plan import BasicUNet, Model, Plan, ResNet18, SegResNet, UNet
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,15 @@ def layout_of(plan: Plan) -> Layout:
 
 
 def network_layout(model: Model, spatial_dims: int, num_classes: int) -> Layout:
-    """The state_dict of MONAI's UNet or ResNet-18 with GroupNorm: parameters only, no buffers, all float32."""
-    arrays = _unet(model, spatial_dims, num_classes) if isinstance(model, UNet) else _resnet18(spatial_dims, num_classes)
+    """The state_dict of MONAI's network with GroupNorm: parameters only, no buffers, all float32."""
+    if isinstance(model, UNet):
+        arrays = _unet(model, spatial_dims, num_classes)
+    elif isinstance(model, BasicUNet):
+        arrays = _basic_unet(model, spatial_dims, num_classes)
+    elif isinstance(model, SegResNet):
+        arrays = _segresnet(model, spatial_dims, num_classes)
+    else:
+        arrays = (_resnet18 if isinstance(model, ResNet18) else _densenet121)(spatial_dims, num_classes)
     return Layout(tuple(arrays))
 
 
@@ -64,12 +71,16 @@ def _affine(name: str, width: int) -> Iterator[Array]:
     yield Array(f"{name}.bias", (width,))
 
 
+def _biased(name: str, *shape: int, outputs: int) -> Iterator[Array]:
+    yield Array(f"{name}.weight", shape)
+    yield Array(f"{name}.bias", (outputs,))
+
+
 def _unet(model: UNet, spatial_dims: int, num_classes: int) -> Iterator[Array]:
     kernel = (3,) * spatial_dims
 
     def down(name: str, inputs: int, outputs: int) -> Iterator[Array]:
-        yield Array(f"{name}.conv.weight", (outputs, inputs, *kernel))
-        yield Array(f"{name}.conv.bias", (outputs,))
+        yield from _biased(f"{name}.conv", outputs, inputs, *kernel, outputs=outputs)
         yield from _affine(f"{name}.adn.N", outputs)
 
     def block(name: str, inputs: int, outputs: int, channels: tuple[int, ...], top: bool) -> Iterator[Array]:
@@ -82,12 +93,59 @@ def _unet(model: UNet, spatial_dims: int, num_classes: int) -> Iterator[Array]:
         else:
             yield from down(f"{name}.1.submodule", width, below)
             joined = width + below
-        yield Array(f"{name}.2.conv.weight", (joined, outputs, *kernel))
-        yield Array(f"{name}.2.conv.bias", (outputs,))
+        yield from _biased(f"{name}.2.conv", joined, outputs, *kernel, outputs=outputs)
         if not top:
             yield from _affine(f"{name}.2.adn.N", outputs)
 
     return block("model", 1, num_classes, model.channels, top=True)
+
+
+def _basic_unet(model: BasicUNet, spatial_dims: int, num_classes: int) -> Iterator[Array]:
+    three, two = (3,) * spatial_dims, (2,) * spatial_dims
+    width, output = model.features[:5], model.features[5]
+
+    def two_convolutions(name: str, inputs: int, outputs: int) -> Iterator[Array]:
+        for number, wide in enumerate((inputs, outputs)):
+            yield from _biased(f"{name}.conv_{number}.conv", outputs, wide, *three, outputs=outputs)
+            yield from _affine(f"{name}.conv_{number}.adn.N", outputs)
+
+    yield from two_convolutions("conv_0", 1, width[0])
+    for level in range(1, 5):
+        yield from two_convolutions(f"down_{level}.convs", width[level - 1], width[level])
+    for level in range(4, 0, -1):
+        # Up by a transposed convolution (inputs, outputs), which halves the width on all levels but the last, then beside the skip.
+        below, beside = width[level], width[level - 1]
+        up, outputs = (below // 2, beside) if level > 1 else (below, output)
+        yield from _biased(f"upcat_{level}.upsample.deconv", below, up, *two, outputs=up)
+        yield from two_convolutions(f"upcat_{level}.convs", beside + up, outputs)
+    yield from _biased("final_conv", num_classes, output, *(1,) * spatial_dims, outputs=num_classes)
+
+
+def _segresnet(model: SegResNet, spatial_dims: int, num_classes: int) -> Iterator[Array]:
+    one, two, three = ((edge,) * spatial_dims for edge in (1, 2, 3))
+
+    def blocks(name: str, first: int, count: int, width: int) -> Iterator[Array]:
+        for number in range(first, first + count):
+            yield from _affine(f"{name}.{number}.norm1", width)
+            yield from _affine(f"{name}.{number}.norm2", width)
+            yield Array(f"{name}.{number}.conv1.conv.weight", (width, width, *three))
+            yield Array(f"{name}.{number}.conv2.conv.weight", (width, width, *three))
+
+    top, levels = model.init_filters, len(model.blocks_up)
+    yield Array("convInit.conv.weight", (top, 1, *three))
+    for level, count in enumerate(model.blocks_down):
+        width = top * 2**level
+        if level:
+            yield Array(f"down_layers.{level}.0.conv.weight", (width, width // 2, *three))
+        yield from blocks(f"down_layers.{level}", 1, count, width)
+    for step, count in enumerate(model.blocks_up):
+        yield from blocks(f"up_layers.{step}", 0, count, top * 2 ** (levels - step - 1))
+    for step in range(levels):
+        width = top * 2 ** (levels - step - 1)
+        yield Array(f"up_samples.{step}.0.conv.weight", (width, 2 * width, *one))
+        yield from _biased(f"up_samples.{step}.1.deconv", width, width, *two, outputs=width)
+    yield from _affine("conv_final.0", top)
+    yield from _biased("conv_final.2.conv", num_classes, top, *one, outputs=num_classes)
 
 
 def _resnet18(spatial_dims: int, num_classes: int) -> Iterator[Array]:
@@ -105,9 +163,30 @@ def _resnet18(spatial_dims: int, num_classes: int) -> Iterator[Array]:
             yield convolution(f"{name}.conv2", outputs, outputs, 3)
             yield from _affine(f"{name}.bn2", outputs)
             if inputs != outputs:
-                yield convolution(f"{name}.downsample.0", inputs, outputs, 1)
-                yield Array(f"{name}.downsample.0.bias", (outputs,))
+                yield from _biased(f"{name}.downsample.0", outputs, inputs, *(1,) * spatial_dims, outputs=outputs)
                 yield from _affine(f"{name}.downsample.1", outputs)
             inputs = outputs
-    yield Array("fc.weight", (num_classes, 512))
-    yield Array("fc.bias", (num_classes,))
+    yield from _biased("fc", num_classes, 512, outputs=num_classes)
+
+
+def _densenet121(spatial_dims: int, num_classes: int) -> Iterator[Array]:
+    def convolution(name: str, inputs: int, outputs: int, edge: int) -> Array:
+        return Array(f"{name}.weight", (outputs, inputs, *(edge,) * spatial_dims))
+
+    yield convolution("features.conv0", 1, 64, 7)
+    yield from _affine("features.norm0", 64)
+    width = 64
+    for block, layers in enumerate((6, 12, 24, 16), start=1):
+        for layer in range(1, layers + 1):
+            name = f"features.denseblock{block}.denselayer{layer}.layers"
+            yield from _affine(f"{name}.norm1", width)
+            yield convolution(f"{name}.conv1", width, 128, 1)
+            yield from _affine(f"{name}.norm2", 128)
+            yield convolution(f"{name}.conv2", 128, 32, 3)
+            width += 32
+        if block < 4:
+            yield from _affine(f"features.transition{block}.norm", width)
+            yield convolution(f"features.transition{block}.conv", width, width // 2, 1)
+            width //= 2
+    yield from _affine("features.norm5", width)
+    yield from _biased("class_layers.out", num_classes, width, outputs=num_classes)

@@ -5,8 +5,9 @@ door, and every later stage takes a Plan.
 """
 
 import re
+from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -36,18 +37,53 @@ class _Part(BaseModel):
 
 
 class Initial(_Part):
-    """Where the first global model comes from: rebuilt by every silo from a public seed."""
+    """Where the first global model comes from: rebuilt by every silo from a public seed.
+
+    `shapes_steps`: how many steps it is then trained on drawn shapes, which costs no privacy (silo_agent/training/shapes.py).
+    """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
+    shapes_steps: Annotated[int, Field(ge=0, le=10_000)] = 0
 
 
-class UNet(_Part):
-    """monai.networks.nets.UNet without residual units, GroupNorm throughout (nothing couples patients), ReLU."""
+class _Network(_Part):
+    """GroupNorm in place of every normalisation, for it couples no patients: each width must divide into `norm_groups`."""
+
+    classifies: ClassVar[bool] = False
+    norm_groups: Count = 8
+
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        """The key that sets them -> channels that a GroupNorm of the network sees."""
+        raise NotImplementedError
+
+    @property
+    def patch_factor(self) -> int:
+        """What every edge of a patch must be a multiple of: how far the network shrinks it before joining what was skipped."""
+        return 1
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> Self:
+        for key, widths in self.widths().items():
+            odd = [width for width in widths if width % self.norm_groups]
+            if odd:
+                raise ValueError(f"{key} must be multiples of model.norm_groups ({self.norm_groups}): {odd[0]} is not")
+        return self
+
+
+class UNet(_Network):
+    """monai.networks.nets.UNet without residual units, ReLU."""
 
     network: Literal["UNet"]
     channels: Annotated[tuple[Count, ...], Field(min_length=2, max_length=6)]
     strides: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1, max_length=5)]
     norm_groups: Count = 4
+
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        return {"model.channels": self.channels}
+
+    @property
+    def patch_factor(self) -> int:
+        return prod(self.strides)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -56,20 +92,83 @@ class UNet(_Part):
                 f"model.strides needs one entry fewer than model.channels: expected {len(self.channels) - 1}, "
                 f"got {len(self.strides)}"
             )
-        odd = [c for c in self.channels if c % self.norm_groups]
-        if odd:
-            raise ValueError(f"model.channels must be multiples of model.norm_groups ({self.norm_groups}): {odd[0]} is not")
         return self
 
 
-class ResNet18(_Part):
-    """monai.networks.nets.resnet18 with GroupNorm."""
+class BasicUNet(_Network):
+    """monai.networks.nets.BasicUNet: five levels of two convolutions, halved by max pooling; the sixth width is the output's."""
 
+    network: Literal["BasicUNet"]
+    features: tuple[Count, Count, Count, Count, Count, Count] = (32, 32, 64, 128, 256, 32)
+
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        return {"model.features": self.features}
+
+    @property
+    def patch_factor(self) -> int:
+        return 16
+
+    @model_validator(mode="after")
+    def _halves(self) -> Self:
+        odd = [width for width in self.features[2:5] if width % 2]
+        if odd:
+            raise ValueError(f"the third to fifth of model.features must be even, for going up halves them: {odd[0]} is not")
+        return self
+
+
+class SegResNet(_Network):
+    """monai.networks.nets.SegResNet, up by transposed convolutions: interpolation has no deterministic gradient on CUDA."""
+
+    network: Literal["SegResNet"]
+    init_filters: Count = 8
+    blocks_down: Annotated[tuple[Count, ...], Field(min_length=2, max_length=6)] = (1, 2, 2, 4)
+    blocks_up: Annotated[tuple[Count, ...], Field(min_length=1, max_length=5)] = (1, 1, 1)
+
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        return {"model.init_filters": (self.init_filters,)}
+
+    @property
+    def patch_factor(self) -> int:
+        return int(2 ** len(self.blocks_up))
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.blocks_up) != len(self.blocks_down) - 1:
+            raise ValueError(
+                f"model.blocks_up needs one entry fewer than model.blocks_down: expected {len(self.blocks_down) - 1}, "
+                f"got {len(self.blocks_up)}"
+            )
+        return self
+
+
+class ResNet18(_Network):
+    """monai.networks.nets.resnet18."""
+
+    classifies = True
     network: Literal["ResNet18"]
-    norm_groups: Count = 8
+
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        return {"ResNet18's widths": (64, 128, 256, 512)}
 
 
-Model = Annotated[UNet | ResNet18, Field(discriminator="network")]
+class DenseNet121(_Network):
+    """monai.networks.nets.DenseNet121: widths grow by 32 from 64."""
+
+    classifies = True
+    network: Literal["DenseNet121"]
+
+    def widths(self) -> dict[str, tuple[int, ...]]:
+        return {"DenseNet121's widths": (64, 96)}
+
+
+Model = Annotated[UNet | BasicUNet | SegResNet | ResNet18 | DenseNet121, Field(discriminator="network")]
+NETWORKS: tuple[Literal["UNet", "BasicUNet", "SegResNet", "ResNet18", "DenseNet121"], ...] = (
+    "UNet",
+    "BasicUNet",
+    "SegResNet",
+    "ResNet18",
+    "DenseNet121",
+)
 
 
 class Transform(_Part):
@@ -196,11 +295,14 @@ class Plan(_Part):
                 if self.privacy is None
                 else "training.batch_size and privacy exclude each other: privacy.sample_rate says who is in a step; leave it out"
             )
-        if isinstance(self.model, ResNet18):
-            raise ValueError("model.network ResNet18 classifies; task segmentation needs UNet")
-        for edge, factor in zip(self.data.patch, [_product(self.model.strides)] * 3, strict=False):
-            if edge % factor:
-                raise ValueError(f"an edge of data.patch must be a multiple of {factor} (the strides multiplied): {edge} is not")
+        if self.model.classifies:
+            raise ValueError(f"model.network {self.model.network} classifies; task segmentation needs UNet, BasicUNet or SegResNet")
+        factor = self.model.patch_factor
+        odd = [edge for edge in self.data.patch if edge % factor]
+        if odd:
+            raise ValueError(
+                f"an edge of data.patch must be a multiple of {factor} (how far the network shrinks it): {odd[0]} is not"
+            )
         return self
 
     @property
@@ -216,13 +318,6 @@ class Plan(_Part):
     def canonical(self) -> bytes:
         """The bytes that travel and that the digest covers."""
         return canonical_json(self.model_dump(mode="json"))
-
-
-def _product(factors: tuple[int, ...]) -> int:
-    result = 1
-    for factor in factors:
-        result *= factor
-    return result
 
 
 class _Loader(yaml.SafeLoader):
@@ -261,7 +356,7 @@ def explain(error: ValidationError) -> str:
     """A pydantic error in one line per problem: the key as the author wrote it, what was expected, what was seen."""
     lines = []
     for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in problem["loc"] if part not in ("UNet", "ResNet18"))
+        key = ".".join(str(part) for part in problem["loc"] if part not in NETWORKS)
         if problem["type"] == "extra_forbidden":
             lines.append(f"{key}: unknown key")
         elif problem["type"] == "missing":

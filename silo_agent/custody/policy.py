@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from wardround.errors import PolicyRefusal, SettingsError
-from wardround.plan import Plan, explain
+from wardround.plan import NETWORKS, Plan, explain
 
 MAX_POLICY_BYTES = 64 * 1024
 
@@ -20,7 +20,7 @@ class Policy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     tasks: tuple[Literal["segmentation", "classification"], ...] = ("segmentation", "classification")
-    networks: tuple[Literal["UNet", "ResNet18"], ...] = ("UNet", "ResNet18")
+    networks: tuple[Literal["UNet", "BasicUNet", "SegResNet", "ResNet18", "DenseNet121"], ...] = NETWORKS
     min_silos: Annotated[int, Field(ge=2, le=1000)] = 3
     """The smallest sum this hospital's update may be part of."""
 

@@ -1,50 +1,119 @@
 """The networks a plan may name, built by MONAI from arguments that are data; and a model as bytes.
 
-GroupNorm throughout: nothing couples patients, and a state_dict is parameters only. `wardround/layout.py` knows the same
-names and shapes without torch; a test holds the two together.
+GroupNorm throughout: nothing couples patients, and a state_dict is parameters only. Nothing is changed in place: the hooks that
+take a patient's own gradient (dp.py) would see what came after. `wardround/layout.py` knows the same names and shapes without
+torch; a test holds the two together.
 """
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from monai.networks.nets.resnet import resnet18
+from monai.networks.blocks.segresnet_block import ResBlock
+from monai.networks.nets.basic_unet import BasicUNet as MonaiBasicUNet
+from monai.networks.nets.basic_unet import UpCat
+from monai.networks.nets.densenet import DenseNet121 as MonaiDenseNet121
+from monai.networks.nets.resnet import ResNetBlock, resnet18
+from monai.networks.nets.segresnet import SegResNet as MonaiSegResNet
 from monai.networks.nets.unet import UNet as MonaiUNet
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, max_pool2d
 
 from wardround.errors import IntegrityError, MessageError
 from wardround.layout import Layout
-from wardround.plan import Model, UNet
+from wardround.plan import BasicUNet, Model, ResNet18, SegResNet, UNet
+
+RELU = ("RELU", {"inplace": False})
 
 
 def build_network(model: Model, spatial_dims: int, num_classes: int) -> nn.Module:
-    """[batch, 1, *space] float32 -> logits [batch, num_classes, *space] (UNet) or [batch, num_classes] (ResNet18)."""
-    if isinstance(model, UNet):
-        return MonaiUNet(
-            spatial_dims=spatial_dims,
-            in_channels=1,
-            out_channels=num_classes,
-            channels=model.channels,
-            strides=model.strides,
-            num_res_units=0,
-            norm=("GROUP", {"num_groups": model.norm_groups}),
-            act=("RELU", {"inplace": False}),
-        )
-    network: nn.Module = resnet18(
-        spatial_dims=spatial_dims, n_input_channels=1, num_classes=num_classes, act=("RELU", {"inplace": False})
-    )
-    _batch_to_group(network, model.norm_groups)
+    """[batch, 1, *space] float32 -> logits [batch, num_classes, *space], or [batch, num_classes] if the network classifies."""
+    network = _by_monai(model, spatial_dims, num_classes)
+    _separate(network, model.norm_groups)
     return network
 
 
-def _batch_to_group(module: nn.Module, groups: int) -> None:
-    """MONAI 1.6.1 takes `norm` for ResNet's first layer only, so every BatchNorm is replaced here instead."""
+def _by_monai(model: Model, spatial_dims: int, num_classes: int) -> nn.Module:
+    group = ("GROUP", {"num_groups": model.norm_groups})
+    if isinstance(model, UNet):
+        return MonaiUNet(spatial_dims, 1, num_classes, model.channels, model.strides, num_res_units=0, norm=group, act=RELU)
+    if isinstance(model, BasicUNet):
+        return MonaiBasicUNet(spatial_dims, 1, num_classes, model.features, act=RELU, norm=group)
+    if isinstance(model, SegResNet):
+        return MonaiSegResNet(
+            spatial_dims,
+            model.init_filters,
+            out_channels=num_classes,
+            act=RELU,
+            norm=group,
+            blocks_down=model.blocks_down,
+            blocks_up=model.blocks_up,
+            upsample_mode="deconv",
+        )
+    if isinstance(model, ResNet18):
+        network: nn.Module = resnet18(spatial_dims=spatial_dims, n_input_channels=1, num_classes=num_classes)
+        return network
+    return MonaiDenseNet121(spatial_dims, 1, num_classes)
+
+
+def _separate(module: nn.Module, groups: int) -> None:
+    """Replace what couples patients, what changes a tensor in place, and what is not deterministic on CUDA.
+
+    MONAI 1.6.1 takes `norm` and `act` for the first layer of a ResNet only, so they are replaced here.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d | nn.BatchNorm3d):
             setattr(module, name, nn.GroupNorm(groups, child.num_features))
+        elif isinstance(child, nn.ReLU):
+            setattr(module, name, nn.ReLU())
+        elif isinstance(child, nn.MaxPool3d | nn.AvgPool3d):
+            setattr(module, name, _Pool3d(child))
         else:
-            _batch_to_group(child, groups)
+            _separate(child, groups)
+    if type(module) is ResNetBlock:
+        module.__class__ = _ResNetBlock
+    elif type(module) is ResBlock:
+        module.__class__ = _ResBlock
+    elif isinstance(module, UpCat):
+        module.is_pad = False  # edges are multiples of 16, and replication has no deterministic gradient on CUDA
+
+
+class _ResNetBlock(ResNetBlock):
+    """MONAI's without `out += residual`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x if self.downsample is None else self.downsample(x)
+        out: Tensor = self.act(residual + self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
+        return out
+
+
+class _ResBlock(ResBlock):
+    """MONAI's without `x += identity`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.conv2(self.act(self.norm2(self.conv1(self.act(self.norm1(x))))))
+        return out
+
+
+class _Pool3d(nn.Module):
+    """The pooling of volumes as one of planes and one along depth: torch's own has no deterministic gradient on CUDA.
+
+    The maximum of maxima and the mean of means: the same value. Windows are cubes, as everywhere in MONAI's networks.
+    """
+
+    def __init__(self, of: nn.MaxPool3d | nn.AvgPool3d) -> None:
+        super().__init__()
+        self.pool: Callable[..., Tensor] = max_pool2d if isinstance(of, nn.MaxPool3d) else avg_pool2d
+        self.kernel, self.stride, self.padding = of.kernel_size, of.stride, of.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, channels, depth, height, width] -> the same, each edge pooled."""
+        planes = self.pool(x.flatten(1, 2), self.kernel, self.stride, self.padding)
+        planes = planes.reshape(*x.shape[:3], *planes.shape[2:])
+        columns = self.pool(planes.flatten(3), (self.kernel, 1), (self.stride, 1), (self.padding, 0))
+        return columns.reshape(*columns.shape[:3], *planes.shape[3:])
 
 
 def initial_parameters(layout: Layout, seed: int) -> bytes:

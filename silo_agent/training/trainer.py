@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
-from math import cos, pi
+from math import cos, inf, pi
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,14 @@ from silo_agent.snapshot import Snapshot, read_snapshot
 from silo_agent.training.evaluation import evaluate
 from silo_agent.training.fedprox import Gradient, local_update
 from silo_agent.training.networks import as_bytes, build_network, initial_parameters, load_parameters
+from silo_agent.training.noise import round_randomness
+from silo_agent.training.shapes import learn_shapes
 from silo_agent.training.tasks import segmentation
 from silo_agent.work import TrainerResult, TrainerWork
 from wardround.canonical import frame, sha256
 from wardround.errors import DataError, MessageError
 from wardround.layout import layout_of
-from wardround.plan import Optimizer, Plan
+from wardround.plan import Optimizer, Plan, Privacy
 
 RANDOM_KEY_BYTES = 32
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
@@ -43,17 +45,29 @@ def handle(work: TrainerWork) -> TrainerResult:
     """
     began = time.monotonic()
     if work.kind == "initialize":
-        return TrainerResult(
-            values=initial_parameters(layout_of(work.plan), work.plan.initial.seed), seconds=time.monotonic() - began
-        )
+        return TrainerResult(values=start_of(work.plan), seconds=time.monotonic() - began)
     snapshot = _snapshot_of(work)
     device = prepare_device()
     network = network_of(work.plan, work.parameters, device)
     if work.kind == "train":
-        values, num_patients = train(network, work.plan, snapshot, work.round, work.random_key, device)
+        if work.plan.privacy is None:
+            values, num_patients = train(network, work.plan, snapshot, work.round, work.random_key, device)
+        else:
+            values, num_patients = train_privately(network, work, work.plan.privacy, snapshot, device)
         return TrainerResult(values=values, num_patients=num_patients, seconds=time.monotonic() - began, device=device.type)
     metrics, num_patients = evaluate(network, work.plan, snapshot, "validation", device)
     return TrainerResult(metrics=metrics, num_patients=num_patients, seconds=time.monotonic() - began, device=device.type)
+
+
+def start_of(plan: Plan) -> bytes:
+    """The public initial model: from the seed alone, then trained on drawn shapes if the plan says so, always on the CPU."""
+    start = initial_parameters(layout_of(plan), plan.initial.seed)
+    if plan.initial.shapes_steps == 0:
+        return start
+    prepare_device()
+    network = network_of(plan, start, torch.device("cpu"))
+    learn_shapes(network, plan)
+    return as_bytes(list(network.parameters()))
 
 
 def _snapshot_of(work: TrainerWork) -> Snapshot:
@@ -103,22 +117,74 @@ def train(
     network: nn.Module, plan: Plan, snapshot: Snapshot, round: int, random_key: bytes, device: torch.device
 ) -> tuple[bytes, int]:
     """One round of local training from the network's parameters: (update in layout order, number of training patients)."""
-    if not 1 <= round <= plan.rounds:
-        raise MessageError(f"a train item is for a round from 1 to {plan.rounds}: this one says {round}")
     if len(random_key) != RANDOM_KEY_BYTES:
         raise MessageError(f"random_key has {RANDOM_KEY_BYTES} bytes: this one has {len(random_key)}")
+    patients = _patients(snapshot)
+    parameters = list(network.parameters())
+    return _update(parameters, plan, round, _gradients(network, parameters, plan, snapshot, patients, random_key, device)), len(
+        patients
+    )
+
+
+def train_privately(
+    network: nn.Module, work: TrainerWork, privacy: Privacy, snapshot: Snapshot, device: torch.device
+) -> tuple[bytes, int]:
+    """As `train`, but what leaves is (epsilon, delta)-private to the patient: dp.py says why, the ledger what it costs.
+
+    MessageError: the item's noise_multiplier is not a positive number. DataError: sample_rate * declared_patients is below one
+    patient a step. PlanError: the network has a layer without a gradient per patient.
+    """
+    from silo_agent.training import dp  # Opacus: one second and 50 MB of a trainer's start, for those who need it
+
+    if not 0 < work.noise_multiplier < inf:
+        raise MessageError(f"a private round has a noise_multiplier above 0 and finite: this one has {work.noise_multiplier}")
+    batch_constant = privacy.sample_rate * work.declared_patients
+    if batch_constant < 1:
+        raise DataError(
+            f"privacy.sample_rate {privacy.sample_rate} of {work.declared_patients} declared patients is {batch_constant:.2f} "
+            "a step, and at least 1 is needed: this hospital is too small for this plan"
+        )
+    patients = _patients(snapshot)
+    random = round_randomness(work, snapshot_digest=work.snapshot.name if work.snapshot else "")
+
+    def batches() -> Iterator[dp.Batch]:
+        for step in range(work.plan.training.steps):
+            taken = random.uniform("patients", step, (len(patients),))
+            where = random.uniform("patches", step, (len(patients), 4))
+            images, labels = segmentation.poisson_batch(snapshot, patients, privacy.sample_rate, work.plan.data.patch, taken, where)
+            yield images.to(device), labels.to(device)
+
+    gradients = dp.private_gradients(
+        network,
+        batches(),
+        segmentation.loss,
+        input_shape=(1, *work.plan.data.patch),
+        noise=partial(random.gaussian, "noise"),
+        noise_multiplier=work.noise_multiplier,
+        max_grad_norm=privacy.max_grad_norm,
+        batch_constant=batch_constant,
+    )
+    return _update(list(network.parameters()), work.plan, work.round, gradients), len(patients)
+
+
+def _patients(snapshot: Snapshot) -> segmentation.Patients:
     patients = segmentation.patients_of(snapshot, "train")
     if not patients:
         raise DataError("the snapshot has no training patients: see what was quarantined with `silo-agent data check`")
-    parameters = list(network.parameters())
+    return patients
+
+
+def _update(parameters: Sequence[Tensor], plan: Plan, round: int, gradients: Iterator[Gradient]) -> bytes:
+    if not 1 <= round <= plan.rounds:
+        raise MessageError(f"a train item is for a round from 1 to {plan.rounds}: this one says {round}")
     update = local_update(
         parameters,
-        _gradients(network, parameters, plan, snapshot, patients, random_key, device),
+        gradients,
         mu=plan.training.mu,
         learning_rate=learning_rate(plan.training.optimizer, round, plan.rounds),
         momentum=plan.training.optimizer.momentum,
     )
-    return as_bytes(update), len(patients)
+    return as_bytes(update)
 
 
 def _gradients(

@@ -15,7 +15,7 @@ from tests.support.plans import tiny
 from wardround.errors import DataError, MessageError
 
 PLAN = tiny()
-TRAIN = TrainerWork("train", PLAN, 3, bytes(range(256)) * 10_000, Path("snap"), b"k" * 32)  # 2.4 MiB: several pieces
+TRAIN = TrainerWork("train", PLAN, 3, bytes(range(256)) * 10_000, Path("snap"), b"k" * 32, 0.9, 800)  # 2.4 MiB: several pieces
 
 
 @pytest.fixture

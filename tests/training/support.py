@@ -31,6 +31,16 @@ def plan(patch: tuple[int, ...] = (16, 16), classes: tuple[str, ...] = ("backgro
     )
 
 
+PRIVACY = {"unit": "patient", "epsilon": 8.0, "delta": 1e-5, "max_grad_norm": 1.0, "sample_rate": 0.5}
+
+
+def private_plan(model: dict[str, Any] | None = None, privacy: dict[str, Any] | None = None, **training: Any) -> Plan:
+    """`plan`, with privacy and so without a batch size."""
+    usual = plan(**training).model_dump()
+    usual["training"].pop("batch_size")
+    return Plan.model_validate(usual | {"privacy": PRIVACY | (privacy or {}), "model": model or usual["model"]})
+
+
 def study(seed: int, shape: tuple[int, int, int] = (3, 20, 20)) -> tuple[np.ndarray, np.ndarray]:
     """(image float32, label uint8): a bright block, class 2, inside a grey one, class 1, in noise."""
     random = np.random.default_rng(seed)

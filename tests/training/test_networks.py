@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from silo_agent.training.networks import as_bytes, build_network, initial_parameters, load_parameters
+from silo_agent.training.networks import _Pool3d, as_bytes, build_network, initial_parameters, load_parameters
 from tests.training.support import plan
 from wardround.errors import IntegrityError, MessageError
 from wardround.layout import Array, Layout, layout_of
-from wardround.plan import ResNet18
+from wardround.plan import BasicUNet, DenseNet121, Model, ResNet18
 
 PLAN = plan()
 LAYOUT = layout_of(PLAN)
@@ -51,6 +51,26 @@ def test_resnet18_couples_no_patients() -> None:
     assert not [m for m in built.modules() if isinstance(m, nn.BatchNorm2d)]
     rows = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(built(rows)[:1], built(rows[:1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool3d(3, 2, 1), nn.MaxPool3d(2), nn.AvgPool3d(2)], ids=["max-3", "max-2", "mean"])
+def test_volumes_are_pooled_as_torch_does(pool: nn.MaxPool3d | nn.AvgPool3d) -> None:
+    x = torch.randn(2, 3, 8, 10, 12, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    ours, theirs = _Pool3d(pool)(x), pool(x)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    weights = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1))
+    mine, reference = (torch.autograd.grad((out * weights).sum(), x)[0] for out in (ours, theirs))
+    assert torch.allclose(mine, reference, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "model", [BasicUNet(network="BasicUNet"), ResNet18(network="ResNet18"), DenseNet121(network="DenseNet121")]
+)
+def test_nothing_without_a_deterministic_gradient_on_cuda_is_left(model: Model) -> None:
+    with torch.device("meta"):
+        modules = list(build_network(model, 3, 2).modules())
+    assert not [m for m in modules if isinstance(m, nn.MaxPool3d | nn.AvgPool3d) or getattr(m, "inplace", False)]
+    assert not [m for m in modules if getattr(m, "is_pad", False)]
 
 
 @pytest.mark.parametrize("values", [b"", bytes(LAYOUT.num_bytes - 4), bytes(LAYOUT.num_bytes + 1)], ids=["none", "short", "long"])

@@ -10,7 +10,7 @@ from monai.losses import DiceLoss
 from torch.nn.functional import cross_entropy
 
 from silo_agent.snapshot import Snapshot, read_snapshot
-from silo_agent.training.tasks.segmentation import draw_batch, loss, patients_of, score, summarize
+from silo_agent.training.tasks.segmentation import draw_batch, loss, patients_of, poisson_batch, score, summarize
 from tests.training.support import hospital, plan, write_snapshot
 
 SPACING_MM = (5.0, 2.0, 3.0)
@@ -39,6 +39,28 @@ def test_a_batch_is_one_window_each_of_distinct_patients(snapshot: Snapshot) -> 
     assert labels.shape == (4, 16, 12) and labels.dtype == torch.int64
     owners = [_owner(snapshot, image[0].numpy(), label.numpy()) for image, label in zip(images, labels, strict=True)]
     assert len(set(owners)) == 4 and set(owners) <= set(patients)
+
+
+def test_a_poisson_batch_by_hand(snapshot: Snapshot) -> None:
+    """p1 and p5 are below the rate: the second of two studies each. A patch fits in 3 x 5 x 9 places: 1, 0 and 8 are drawn."""
+    patients = patients_of(snapshot, "train")
+    taken = np.array([0.5, 0.49, 0.9, 0.7, 0.5, 0.0])
+    where = np.tile([0.5, 0.4, 0.0, 0.999], (6, 1))
+    images, labels = poisson_batch(snapshot, patients, 0.5, (16, 12), taken, where)
+    assert images.shape == (2, 1, 16, 12) and labels.shape == (2, 16, 12)
+    for row, patient in enumerate(("p1", "p5")):
+        key = patients[patient][1].key
+        assert (images[row, 0].numpy() == snapshot.image(key)[1, 0:16, 8:20]).all()
+        assert (labels[row].numpy() == snapshot.label(key)[1, 0:16, 8:20]).all()
+
+
+def test_a_poisson_batch_may_be_empty_or_everyone(snapshot: Snapshot) -> None:
+    patients = patients_of(snapshot, "train")
+    nobody = poisson_batch(snapshot, patients, 0.1, (16, 16), np.full(6, 0.1), np.zeros((6, 4)))
+    assert [tuple(part.shape) for part in nobody] == [(0, 1, 16, 16), (0, 16, 16)]
+    assert [part.dtype for part in nobody] == [torch.float32, torch.int64]
+    everyone = poisson_batch(snapshot, patients, 1.0, (3, 24, 24), np.full(6, 1 - 2**-53), np.full((6, 4), 1 - 2**-53))
+    assert [tuple(part.shape) for part in everyone] == [(6, 1, 3, 24, 24), (6, 3, 24, 24)]
 
 
 def _owner(snapshot: Snapshot, image: np.ndarray, label: np.ndarray) -> str:

@@ -16,7 +16,7 @@ import torch
 from silo_agent.training import trainer
 from silo_agent.training.trainer import handle, learning_rate, prepare_device, step_random
 from silo_agent.work import TrainerWork
-from tests.training.support import HOSPITAL, KEY, plan, write_snapshot
+from tests.training.support import HOSPITAL, KEY, plan, private_plan, write_snapshot
 from wardround.errors import DataError, IntegrityError, MessageError
 from wardround.layout import layout_of
 from wardround.plan import Optimizer
@@ -53,19 +53,21 @@ def test_result_of_a_train_item(train: TrainerWork) -> None:
 
 
 def test_warm_and_cold_give_the_same_bits(train: TrainerWork) -> None:
-    once = handle(train).values
+    private = replace(train, plan=private_plan(), noise_multiplier=1.0, declared_patients=6)
+    once = [handle(work).values for work in (train, private)]
     handle(replace(train, kind="evaluate"))
-    assert handle(train).values == once
+    assert [handle(work).values for work in (train, private)] == once
     code = (
         "import sys, hashlib; from pathlib import Path; from silo_agent.training.trainer import handle; "
-        "from silo_agent.work import TrainerWork; from tests.training.support import KEY, plan; "
-        "work = TrainerWork('train', plan(), 1, handle(TrainerWork('initialize', plan())).values, Path(sys.argv[1]), KEY); "
-        "print(hashlib.sha256(handle(work).values).hexdigest())"
+        "from silo_agent.work import TrainerWork; from tests.training.support import KEY, plan, private_plan; "
+        "start = handle(TrainerWork('initialize', plan())).values; "
+        "works = (TrainerWork('train', p, 1, start, Path(sys.argv[1]), KEY, 1.0, 6) for p in (plan(), private_plan())); "
+        "print(*(hashlib.sha256(handle(work).values).hexdigest() for work in works))"
     )
     fresh = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, str(train.snapshot)], check=True, capture_output=True, text=True, timeout=120
     )
-    assert fresh.stdout.strip() == hashlib.sha256(once).hexdigest()
+    assert fresh.stdout.split() == [hashlib.sha256(values).hexdigest() for values in once]
 
 
 def test_only_the_key_is_random(train: TrainerWork) -> None:

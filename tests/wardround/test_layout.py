@@ -9,14 +9,18 @@ import torch
 from silo_agent.training.networks import build_network
 from tests.training.support import plan
 from wardround.layout import Array, Layout, checkpoint_bytes, layout_of, network_layout
-from wardround.plan import Model, ResNet18, UNet
+from wardround.plan import BasicUNet, DenseNet121, Model, ResNet18, SegResNet, UNet
 
 NETWORKS = [
     UNet(network="UNet", channels=(8, 8, 16, 16), strides=(1, 2, 2)),
     UNet(network="UNet", channels=(4, 8), strides=(2,)),
     UNet(network="UNet", channels=(6, 12, 24), strides=(2, 1), norm_groups=3),
     UNet(network="UNet", channels=(4, 8, 16, 16, 32, 32), strides=(1, 2, 2, 2, 4)),
+    BasicUNet(network="BasicUNet", features=(4, 4, 8, 16, 12, 8), norm_groups=4),
+    SegResNet(network="SegResNet", norm_groups=4),
+    SegResNet(network="SegResNet", init_filters=16, blocks_down=(2, 1, 3), blocks_up=(2, 1)),
     ResNet18(network="ResNet18"),
+    DenseNet121(network="DenseNet121"),
 ]
 
 

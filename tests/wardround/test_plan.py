@@ -12,6 +12,9 @@ PRIVACY = {"unit": "patient", "epsilon": 8.0, "delta": 1.0e-5, "max_grad_norm": 
 PLANS = sorted((Path(__file__).parents[2] / "configs" / "plans").glob("*.yaml"))
 
 
+PRIVACY = {"unit": "patient", "epsilon": 8.0, "delta": 1e-5, "max_grad_norm": 1.0, "sample_rate": 0.1}
+
+
 def changed(path: str, value: object) -> bytes:
     """TINY with one key set, or removed with None."""
     plan = yaml.safe_load(TINY)
@@ -31,6 +34,12 @@ def test_every_plan_in_configs_holds():
     for path in PLANS:
         plan = load_plan(path)
         assert parse_plan(plan.canonical()) == plan
+
+
+@pytest.mark.parametrize("text", [b"1e-5", b"1E-05", b"1.0e-5", b"0.00001"])
+def test_a_small_number_is_a_number_however_it_is_written(text):
+    plan = parse_plan(changed("training.mu", 0.625).replace(b"0.625", text))
+    assert plan.training.mu == 1e-5 and parse_plan(plan.canonical()) == plan
 
 
 def test_the_digest_is_of_the_value_not_the_text():
@@ -75,6 +84,16 @@ def test_numbers_are_read_as_people_write_them(written, read):
         ("model.strides", [2, 2], "one entry fewer than model.channels: expected 1, got 2"),
         ("model.channels", [4, 5], "multiples of model.norm_groups"),
         ("model", {"network": "ResNet18"}, "segmentation needs UNet"),
+        ("model", {"network": "DenseNet121"}, "segmentation needs UNet"),
+        ("model", {"network": "ResNet18", "norm_groups": 5}, "ResNet18's widths must be multiples of model.norm_groups .5.: 64"),
+        ("model", {"network": "BasicUNet", "features": [8, 8, 8, 8, 8]}, "model.features"),
+        ("model", {"network": "BasicUNet", "features": [8, 8, 8, 8, 8, 8], "norm_groups": 3}, "norm_groups .3.: 8 is not"),
+        ("model", {"network": "BasicUNet", "features": [3, 3, 3, 4, 4, 3], "norm_groups": 1}, "must be even.*: 3 is not"),
+        ("model", {"network": "SegResNet", "blocks_up": [1, 1]}, "one entry fewer than model.blocks_down: expected 3, got 2"),
+        ("model", {"network": "SegResNet", "init_filters": 12}, "model.init_filters must be multiples"),
+        ("initial.shapes_steps", -1, "initial.shapes_steps: "),
+        ("training.batch_size", None, "training.batch_size: missing"),
+        ("privacy", PRIVACY, "exclude each other"),
         ("data.patch", [16, 17], "must be a multiple of 2 .*: 17 is not"),
         ("data.patch", [16], "data.patch: "),
         ("data.spacing_mm", [1.0, 1.0, 0.0], "data.spacing_mm.2: "),
@@ -140,6 +159,21 @@ def test_the_row_is_32_silos_of_16_bits_where_nothing_is_said():
 def test_what_is_no_plan(text, told):
     with pytest.raises(PlanError, match=told):
         parse_plan(text)
+
+
+@pytest.mark.parametrize(
+    ("model", "factor"),
+    [
+        ({"network": "UNet", "channels": [4, 4, 4], "strides": [2, 3]}, 6),
+        ({"network": "BasicUNet"}, 16),
+        ({"network": "SegResNet"}, 8),
+    ],
+)
+def test_patches_are_what_the_network_can_shrink(model, factor):
+    fitting = parse_plan(changed("model", model) + b"\ndata: {modality: MR, spacing_mm: [1.0, 1.0, 1.0], patch: [48, 48]}")
+    assert fitting.model.patch_factor == factor
+    with pytest.raises(PlanError, match=f"must be a multiple of {factor} .*: 49 is not"):
+        parse_plan(fitting.canonical().replace(b"[48,48]", b"[48,49]"))
 
 
 def test_every_problem_is_named_at_once():

@@ -35,16 +35,49 @@ def draw_batch(
     with 0, the mean of a standardised image, the label with 0, background.
     """
     names = list(patients)
-    images, labels = [], []
+    windows = []
     for chosen in random.choice(len(names), size=min(batch_size, len(names)), replace=False):
         studies = patients[names[chosen]]
         record = studies[random.integers(len(studies))]
-        window = [1, *patch] if len(patch) == 2 else list(patch)
-        start = [int(random.integers(max(edge - size, 0) + 1)) for edge, size in zip(record.shape, window, strict=True)]
+        windows.append((record, tuple(int(random.integers(places)) for places in _places(record, patch))))
+    return _batch(snapshot, windows, patch)
+
+
+def poisson_batch(
+    snapshot: Snapshot, patients: Patients, sample_rate: float, patch: Sequence[int], taken: np.ndarray, where: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """As draw_batch, but every patient by itself with probability sample_rate: n is random, and may be 0.
+
+    `taken` [patients] and `where` [patients, 4] are uniform in [0, 1): whether a patient is drawn, and which study and patch.
+    """
+    windows = []
+    for studies, u, (study, *place) in zip(patients.values(), taken, where, strict=True):
+        if u >= sample_rate:
+            continue
+        record = studies[int(study * len(studies))]
+        windows.append((record, tuple(int(u * places) for u, places in zip(place, _places(record, patch), strict=True))))
+    return _batch(snapshot, windows, patch)
+
+
+def _places(record: Record, patch: Sequence[int]) -> list[int]:
+    """In how many places along depth, height and width a patch fits: 1 where the study is the smaller."""
+    return [max(edge - size, 0) + 1 for edge, size in zip(record.shape, _window(patch), strict=True)]
+
+
+def _window(patch: Sequence[int]) -> list[int]:
+    return [1, *patch] if len(patch) == 2 else list(patch)
+
+
+def _batch(snapshot: Snapshot, windows: Sequence[tuple[Record, tuple[int, ...]]], patch: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The windows that start at these places, one row each."""
+    window = _window(patch)
+    images = np.zeros((len(windows), *window), np.float32)
+    labels = np.zeros((len(windows), *window), np.int64)
+    for image, label, (record, start) in zip(images, labels, windows, strict=True):
         where = tuple(slice(first, first + size) for first, size in zip(start, window, strict=True))
-        images.append(_padded(snapshot.image(record.key)[where], window).reshape(1, *patch))
-        labels.append(_padded(snapshot.label(record.key)[where], window).reshape(*patch))
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels).astype(np.int64))
+        image[:] = _padded(snapshot.image(record.key)[where], window)
+        label[:] = _padded(snapshot.label(record.key)[where], window)
+    return torch.from_numpy(images.reshape(-1, 1, *patch)), torch.from_numpy(labels.reshape(-1, *patch))
 
 
 def _padded(piece: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -52,9 +85,14 @@ def _padded(piece: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over rows of cross-entropy (mean over pixels) plus 1 - soft Dice (mean over structures, background left out).
+    """The mean of `losses`, a scalar."""
+    return losses(logits, labels).mean()
 
-    logits [n, classes, *space] float32, labels [n, *space] int64 -> scalar. Soft Dice is Milletari et al. 2016 (V-Net) with
+
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each row: cross-entropy (mean over pixels) plus 1 - soft Dice (mean over structures, background left out).
+
+    logits [n, classes, *space] float32, labels [n, *space] int64 -> [n]. Soft Dice is Milletari et al. 2016 (V-Net) with
     plain sums and 1 added above and below: a structure absent from label and prediction scores 1, and one absent from the
     label alone still has a gradient. Cross-entropy by products, for torch's own has no deterministic backward on CUDA.
     """
@@ -63,7 +101,7 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
     cross_entropy = -(truth * log_probability).sum(1).flatten(1).mean(1)
     probability, truth = log_probability.exp()[:, 1:].flatten(2), truth[:, 1:].flatten(2)
     dice = (2 * (probability * truth).sum(2) + 1) / (probability.sum(2) + truth.sum(2) + 1)
-    return (cross_entropy + 1 - dice.mean(1)).mean()
+    return cross_entropy + 1 - dice.mean(1)
 
 
 def score(predicted: np.ndarray, truth: np.ndarray, num_classes: int, spacing_mm: Sequence[float] | None) -> np.ndarray:
