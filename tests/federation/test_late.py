@@ -1,4 +1,4 @@
-"""A hospital that was away while keys were agreed and rounds went by. Real agents and a real aggregator; what trains is a script."""
+"""A hospital that was away while keys were agreed and rounds went by. Agents and aggregator are real, the trainers a script."""
 
 import pytest
 
