@@ -257,7 +257,7 @@ class Agent:
     def _take_keys(self, offer: pb.Offer) -> None:
         signed = self._our_keys(offer)
         assert signed is not None  # noqa: S101 - the table: they are on offer
-        self.keyring.take(self._run(offer.run), signed)
+        self.keyring.take(self._run(offer.run), signed, acknowledge=offer.phase != pb.COMPLETED)
 
     def _restore(self, offer: pb.Offer) -> None:
         """Take the model of a round this silo missed from the newest key epoch's checkpoint."""
@@ -467,7 +467,7 @@ class Agent:
         """The blob of a sum or checkpoint, which has exactly `num_bytes`. Raises IntegrityError before a byte is fetched."""
         if total.num_bytes != num_bytes:
             raise IntegrityError(
-                f"the aggregator offers {total.num_bytes} bytes of round {total.facts.round}, expected {num_bytes}: nothing is fetched"
+                f"the aggregator offers {total.num_bytes} bytes of round {total.facts.round}, not {num_bytes}: nothing is fetched"
             )
         return self.membership.dial().fetch(total.digest, num_bytes, self.spool)
 

@@ -66,13 +66,15 @@ class Keyring:
             checkpoint = self._spool.put(content)
         self._keep(run, keys, body, sign("key-epoch", self._ctx(run, epoch), body, *self._signer), checkpoint)
 
-    def take(self, run: Run, signed: pb.Signed) -> None:
-        """Open the box that another member made for this silo, check what it holds, and acknowledge. Raises IdentityError,
-        IntegrityError or MessageError; then nothing is acknowledged and the silo stays out of rounds under these keys."""
+    def take(self, run: Run, signed: pb.Signed, acknowledge: bool) -> None:
+        """Open the box that another member made for this silo, check what it holds, and acknowledge, except in a run that is over:
+        nobody waits for that, and the keys are taken to read how it ended. Raises IdentityError, IntegrityError or MessageError;
+        then nothing is acknowledged and the silo stays out of rounds under these keys."""
         body = claimed(signed, pb.KeyEpoch)  # which epoch it says it is of; believed once the signature over that holds
         if self._state.epoch(run.id, body.number) is None:
             self._take(run, signed, body)
-        self._membership.dial().post(pb.Signed.FromString(self._row(run, body.number)["statement"]))
+        if acknowledge:
+            self._membership.dial().post(pb.Signed.FromString(self._row(run, body.number)["statement"]))
         self._state.keys_told(run.id, body.number)
 
     def _take(self, run: Run, signed: pb.Signed, body: pb.KeyEpoch) -> None:

@@ -48,8 +48,8 @@ def wire(parameters: HeParameters, coefficients: np.ndarray) -> bytes:
 
 def reduced(parameters: HeParameters, total: np.ndarray) -> np.ndarray:
     """uint64 values below 2 q, modulo q: where one is below q already, subtracting q wraps around to something large."""
-    least: np.ndarray = np.minimum(total, total - np.uint64(parameters.prime))
-    return least
+    found: np.ndarray = np.minimum(total, total - np.uint64(parameters.prime))
+    return found
 
 
 @dataclass(frozen=True)
@@ -170,15 +170,6 @@ def sum_chunks(parameters: HeParameters, chunks: Sequence[Buffer]) -> bytes:
         if total.is_transparent():
             raise IntegrityError("the sum of the uploads is not encrypted: it will not be published; seal a new attempt")
         return wire(parameters, memory.saved_sum(total))
-
-
-def load_sum_chunk(parameters: HeParameters, memory: Scratch, chunk: Buffer, index: int, into: Any) -> None:
-    """A sum chunk as SEAL's ciphertext. Raises MessageError for another size, a coefficient of q or more, or c1 = 0."""
-    if len(chunk) != parameters.sum_chunk_bytes:
-        raise MessageError(f"chunk {index} of the sum: expected {parameters.sum_chunk_bytes} bytes, got {len(chunk)}")
-    memory.load_sum(into, numbers(parameters, chunk, f"chunk {index} of the sum"))
-    if into.is_transparent():
-        raise MessageError(f"chunk {index} of the sum is not encrypted")
 
 
 def _header(num_bytes: int) -> bytes:

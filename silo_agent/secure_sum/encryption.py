@@ -11,7 +11,7 @@ import numpy as np
 from tenseal import sealapi
 
 from wardround.chunks import COEFFICIENTS
-from wardround.ciphertexts import Buffer, Scratch, load_sum_chunk, numbers, reduced, scratch, wire
+from wardround.ciphertexts import Buffer, Scratch, numbers, reduced, scratch, wire
 from wardround.errors import IntegrityError, MessageError
 from wardround.he import HeParameters
 
@@ -68,7 +68,9 @@ def decrypt(parameters: HeParameters, secret_key: bytes, data: Buffer) -> np.nda
         decryptor = sealapi.Decryptor(memory.context, _key(parameters, memory, secret_key))
         ciphertext, plaintext = sealapi.Ciphertext(), sealapi.Plaintext()
         for index, row in enumerate(found):
-            load_sum_chunk(parameters, memory, view[index * size : (index + 1) * size], index, ciphertext)
+            memory.load_sum(ciphertext, numbers(parameters, view[index * size : (index + 1) * size], f"chunk {index} of the sum"))
+            if ciphertext.is_transparent():
+                raise MessageError(f"chunk {index} of the sum is not encrypted")
             decryptor.decrypt(ciphertext, plaintext)
             coefficients = memory.saved_plaintext(plaintext)
             row[: coefficients.size] = coefficients

@@ -39,6 +39,7 @@ class Haunted(Federation):
         self.graves = root.parent / "deaths"
         self.deaths = {name: Deaths(self.graves / name) for name in ("aggregator", *NAMES)}
         self.settings: dict[str, dict[str, Any]] = {}  # silo -> more settings
+        self.away: set[str] = set()  # silos that were stopped, and stay so
 
     # --- how its programs are started ------------------------------------------------------------------------------------------
 
@@ -103,8 +104,16 @@ class Haunted(Federation):
             program.restart()
         assert status in (0, -signal.SIGTERM), f"{program.name} ended with {status}:\n{program.last_lines(30)}"
 
+    def leave(self, silo: str) -> None:
+        self.end(self.silos[silo])
+        self.away.add(silo)
+
+    def come_back(self, silo: str) -> None:
+        self.away.remove(silo)
+        self.silos[silo].restart()
+
     def all_programs(self) -> list[Program]:
-        return [program for program in (self.aggregator, *self.silos.values()) if program is not None]
+        return [program for program in (self.aggregator, *self.silos.values()) if program and program.name not in self.away]
 
     def backup(self, silo: str, death: str) -> Path:
         """A silo's database as it was at its death."""

@@ -2,7 +2,8 @@
 same bits come out.
 
 One federation goes through a story: a run that nobody disturbs, the same run with a death before and after every row, a hospital
-that goes back to a backup, a run that is aborted, runs that are refused. What only disagreeing or absent silos bring about comes
+that is away while keys are agreed, a sum that holds an upload twice, a hospital that goes back to a backup, a run that is aborted,
+runs that are refused. What only disagreeing or absent silos bring about comes
 from fake silos at a second aggregator. The rows are the tables' own: a new one fails here until something reaches it.
 """
 
@@ -41,13 +42,14 @@ SILO_ROWS = [row.name for row in SILO_TABLE]
 AGGREGATOR_ROWS = [row.name for row in AGGREGATOR_TABLE]
 AT_WORK = ("ingest.during.snapshot", "trainer.during.initialize", "trainer.during.evaluate", "trainer.during.train")
 AGENT, AFTERWARDS, TRAINER = "charite", "leuven", "st-marys"  # where agents die before rows, after rows, and where helpers die
+ONE_SILO = {"make keys": AGENT, "take keys": AFTERWARDS, "restore": TRAINER}  # rows that one silo alone comes to
 # Where a row finds no trainer running, one is started to be lost.
+DEATHS = [(AGENT, "agent.before"), (AFTERWARDS, "agent.after"), (TRAINER, "trainer.at")]
 DUE = {
-    AGENT: [f"agent.before.{row}" for row in SILO_ROWS],
-    AFTERWARDS: [f"agent.after.{row}" for row in SILO_ROWS],
-    TRAINER: [*(f"trainer.at.{row}" for row in SILO_ROWS), *AT_WORK],
-    "aggregator": [f"aggregator.{when}.{row}" for row in AGGREGATOR_ROWS for when in ("before", "after")],
+    silo: [f"{death}.{row}" for usual, death in DEATHS for row in SILO_ROWS if ONE_SILO.get(row, usual) == silo] for silo in NAMES
 }
+DUE[TRAINER] += AT_WORK
+DUE["aggregator"] = [f"aggregator.{when}.{row}" for row in AGGREGATOR_ROWS for when in ("before", "after")]
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Story:
     updates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     in_sums: list[tuple[str, ...]] = field(default_factory=list)  # of the disturbed run
     abandoned: int = 0
+    late: set[str] = field(default_factory=set)
     verified: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -86,6 +89,8 @@ def _tell(federation: Haunted, story: Story) -> Story:
     story.updates = {silo: records(federation.silo_database(silo), "update") for silo in NAMES}
     story.in_sums = [total.attempt.u3 for total in federation.opened.store.sums(disturbed)]
     story.abandoned = len(federation.opened.store.abandoned(disturbed))
+    story.late = _late(federation)
+    _refuse_a_sum(federation)
     _restore(federation, "agent.before.join", "missed it")
     _restore(federation, "agent.before.judge", "not ours")
     _abort(federation)
@@ -96,6 +101,33 @@ def _tell(federation: Haunted, story: Story) -> Story:
     story.died = frozenset().union(*(deaths.died for deaths in federation.deaths.values()))
     story.verified = [*(federation.verify(head_from=silo) for silo in NAMES), *(federation.verify(silo) for silo in NAMES)]
     return story
+
+
+def _late(federation: Haunted) -> set[str]:
+    """The digests of the last model of a run that one hospital joined and then missed two rounds of: it restores."""
+    federation.leave(AGENT)  # or else the run would start with the join that is waited for
+    run = federation.ask(tiny({"min_silos": 2, "deadline_s": 30}))
+    federation.until(lambda: TRAINER in federation.run(run).joins, "the join")
+    federation.leave(TRAINER)
+    federation.come_back(AGENT)
+
+    def second_keys() -> bool:
+        epoch = federation.run(run).epoch
+        return epoch is not None and epoch.first_round == 3 and epoch.statement is not None
+
+    federation.until(second_keys, "the second key epoch")
+    federation.come_back(TRAINER)
+    federation.ended(run)
+    return {federation.models(silo, run)[3] for silo in NAMES}
+
+
+def _refuse_a_sum(federation: Haunted) -> None:
+    federation.deaths["aggregator"].arm(["aggregator.doubles.fold"])
+    run = federation.ask(tiny())
+    federation.ended(run, "failed")
+    assert "refused the sum of round 1" in federation.run(run).reason
+    for silo in NAMES:
+        assert federation.query(silo, "SELECT * FROM epochs WHERE run = ? AND secrets IS NOT NULL", run) == []
 
 
 def _restore(federation: Haunted, death: str, row: str) -> None:
@@ -220,6 +252,14 @@ def too_few(aggregator: ProcessAggregator, silos: list[FakeSilo]) -> None:
     assert aggregator.store.abandoned(run)[0].reason == "no upload of charite by the deadline; the plan demands 3 silos"
 
 
+def too_few_keys(aggregator: ProcessAggregator, silos: list[FakeSilo]) -> None:
+    silos[0].keys = False  # first by name, it is asked to make them
+    run = aggregator.submit(tiny({"deadline_s": 4}))
+    aggregator.until(lambda: _maker(aggregator, run) == "leuven", silos)
+    silos[0].keys = True
+    aggregator.until(lambda: aggregator.store.run(run).phase == "completed", silos)
+
+
 def too_few_seals(aggregator: ProcessAggregator, silos: list[FakeSilo]) -> None:
     silos[0].seals = False
     run = aggregator.submit(tiny({"deadline_s": 4}))
@@ -246,6 +286,11 @@ def removed(aggregator: ProcessAggregator, silos: list[FakeSilo]) -> None:
     assert reason == "utrecht was removed from the federation after its upload was sealed"
 
 
+def _maker(aggregator: ProcessAggregator, run: str) -> str:
+    epoch = aggregator.store.run(run).epoch
+    return epoch.maker if epoch else ""
+
+
 def _phase(aggregator: ProcessAggregator, run: str) -> str:
     attempt = aggregator.store.run(run).attempt
     return attempt.phase if attempt else ""
@@ -255,6 +300,7 @@ SCENARIOS = {
     "joins differ": joins_differ,
     "reports differ": reports_differ,
     "too few": too_few,
+    "too few keys": too_few_keys,
     "too few seals": too_few_seals,
     "removed": removed,
 }
@@ -311,11 +357,15 @@ def test_the_same_bits_come_out(story: Story) -> None:
     assert len(set(quiet[AGENT].values())) == 3  # each round moved the model; the closing one moves nothing
 
 
+def test_a_hospital_that_was_away_has_the_same_model(story: Story) -> None:
+    assert len(story.late) == 1
+
+
 def test_no_update_counts_twice(story: Story) -> None:
     """One upload per silo and attempt was made, was accepted once, and every sum is of each silo once, in the first attempt."""
     accepted = Counter((one["run"], one["round"], one["attempt"], one["silo"]) for one in story.accepted)
     assert set(accepted.values()) == {1}
-    assert {key[1:3] for key in accepted} == {(1, 1), (2, 1), (3, 1)}
+    assert {key[1:3] for key in accepted if key[0] in story.models} == {(1, 1), (2, 1), (3, 1)}
     assert story.in_sums == [tuple(sorted(NAMES))] * 3 and story.abandoned == 0
     contents = {(one["run"], one["round"], one["silo"]): one["content"] for one in story.accepted}
     for silo in NAMES:

@@ -16,7 +16,7 @@ from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
 from tests.federation.harness import NAMES, Haunted, haunted
 from tests.support.connect_proxy import ConnectProxy
 from tests.support.plans import tiny
-from wardround.chunks import MAX_PIECE_BYTES, clear_bytes
+from wardround.chunks import MAX_PIECE_BYTES
 from wardround.layout import layout_of
 from wardround.plan import Plan, UNet
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 EVERYONE = tuple(sorted(NAMES))
 BEHIND = "leuven"  # the hospital behind the proxy
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
-LARGE = tiny(model=UNet(network="UNet", channels=(64, 128, 384), strides=(2, 2), norm_groups=2), rounds=1)
+LARGE = tiny(model=UNet(network="UNet", channels=(64, 128, 448), strides=(2, 2), norm_groups=2), rounds=1)
 CUT_BYTES = MAX_PIECE_BYTES * 5 // 3  # in the middle of the second piece
 OVERHEAD_BYTES = 200_000  # polls, statements, TLS and HTTP/2 of a run
 
@@ -85,7 +85,7 @@ def test_a_proxy_with_a_login_is_a_way_out_and_the_environment_names_none(federa
 
 
 def test_an_upload_that_was_cut_goes_on_at_the_durable_byte(federation: Haunted, proxy: ConnectProxy) -> None:
-    size = clear_bytes(layout_of(LARGE))
+    size = LARGE.aggregation.he.upload_bytes(layout_of(LARGE))
     assert size > 3 * MAX_PIECE_BYTES
     federation.silos[BEHIND].stop()
     federation.silos[BEHIND].restart()  # a new tunnel, whose bytes are counted from zero

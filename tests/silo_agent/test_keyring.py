@@ -148,7 +148,7 @@ def refused(world: World, statement: pb.Signed, kind: type[WardroundError], matc
     """Nothing is kept and nothing acknowledged."""
     before, sent = world.state.epoch(RUN), world.client.sent
     with pytest.raises(kind, match=match):
-        world.agent.keyring.take(run_of(world), statement)
+        world.agent.keyring.take(run_of(world), statement, acknowledge=True)
     after = world.state.epoch(RUN)
     assert (before and tuple(before)) == (after and tuple(after)) and world.client.sent == sent
 
