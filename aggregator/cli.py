@@ -20,6 +20,7 @@ from aggregator.folder import Opened
 from aggregator.records import RunState
 from aggregator.store import ENDED, Store
 from aggregator.telemetry import configure
+from wardround.accounting import round_event
 from wardround.cli import Json, command_line, plan_facts, print_facts, run
 from wardround.errors import ConflictError, PlanError, SettingsError, StorageError
 from wardround.keyfiles import write_secret
@@ -120,6 +121,7 @@ def _check_fits(plan: Plan, store: Store) -> list[str]:
     roster = store.newest_roster()
     revoked = {silo.name for silo in store.silos() if silo.revoked_ms is not None}
     active = sorted(roster.active().keys() - revoked) if roster else []
+    round_event(plan)  # whose numbers cannot fit together is refused here
     if len(active) < plan.aggregation.min_silos:
         raise PlanError(
             f"aggregation.min_silos is {plan.aggregation.min_silos}, the published roster has {len(active)} active "

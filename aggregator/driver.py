@@ -286,13 +286,10 @@ def _why_abandoned(row: Row, state: RunState, now_ms: int) -> str:
 
 
 def _why_failed(row: Row, state: RunState) -> str:
-    if row.name == "sum refused":
+    if row.name == "halted":
         silo, signed = next(iter(sorted(state.halts.items())))
         halt = pb.Halt.FromString(signed.body)
-        return (
-            f"{silo} refused the sum of round {halt.round}: {halt.reason}. The keys of its epoch are destroyed; compare the audit "
-            "chains, then submit the plan again"
-        )
+        return f"{silo} halted the run in round {halt.round}: {halt.reason}. It has destroyed the keys of the key epoch"
     if row.name == "refused":
         reasons = {silo: pb.Refusal.FromString(signed.body).reason for silo, signed in state.refusals.items()}
         told = "; ".join(f"{silo} refused: {reason}" for silo, reason in sorted(reasons.items()))

@@ -123,7 +123,7 @@ TABLE: tuple[Row, ...] = (
     Row("refused", lambda f: _pending(f) and bool(f.refused) and not _enough(len(f.active - f.refused), f), Action.FAIL),
     Row("start", lambda f: _pending(f) and _settled(not f.waiting_for, len(f.active & f.joined.keys()), f), Action.START),
     Row("joining", lambda f: _pending(f), Action.WAIT),
-    Row("sum refused", lambda f: bool(f.halted), Action.FAIL),
+    Row("halted", lambda f: bool(f.halted), Action.FAIL),
     Row("removed", lambda f: f.phase is Phase.SEALED and not f.u3 <= f.active, Action.ABANDON),
     Row("seal", lambda f: f.phase is Phase.OPEN and _settled(not f.waiting_for, len(f.uploaded & f.active), f), Action.SEAL),
     Row("too few", lambda f: f.phase is Phase.OPEN and f.deadline_passed, Action.ABANDON),

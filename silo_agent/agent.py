@@ -5,12 +5,14 @@ import json
 import os
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from silo_agent import scrutiny
+from silo_agent.budget import Budget
 from silo_agent.config import Settings
 from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.policy import Policy, judge
@@ -31,9 +33,10 @@ from silo_agent.secure_sum.packing import Exponents, bounds_digest, derive, enco
 from silo_agent.telemetry import log
 from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork
 from wardround import PROTOCOL, PROTOCOL_OLDEST, VERSION
+from wardround.accounting import Event
 from wardround.canonical import canonical_json, frame, sha256
 from wardround.chunks import num_chunks
-from wardround.errors import Disconnected, IntegrityError, MessageError, StorageError, WardroundError
+from wardround.errors import Disconnected, IntegrityError, MessageError, PolicyRefusal, StorageError, WardroundError
 from wardround.layout import checkpoint_bytes
 from wardround.messages import claimed, run_ctx, sign, statement_digest
 from wardround.pb import federation_pb2 as pb
@@ -68,6 +71,7 @@ class Agent:
         self.spool = Spool(settings.data / "spool")
         self.membership = Membership(settings, keys, state)
         self.silo, self.federation = self.membership.silo, self.membership.federation
+        self.budget = Budget(state, policy, seed)
         self.keyring = Keyring(keys, state, self.spool, self.membership)
         self.inbox = Inbox(self._request, self.membership.dial, self.membership.attend)
         self._activity = ""
@@ -178,6 +182,7 @@ class Agent:
             binding = self.settings.dataset(parsed.dataset)
             judge(self.policy, parsed)
             binding.check_classes(parsed.dataset, parsed.classes)
+            self.budget.reserve(offer.run, parsed, binding.declared_patients)
         except WardroundError as error:
             code, reason = error.code, _one_line(error)
         self.state.judged(offer.run, plan, plan_digest, code, reason)
@@ -202,6 +207,7 @@ class Agent:
         except WardroundError as error:
             if error.retryable or type(error) is WardroundError:
                 raise
+            self.budget.release(run.id)
             self.state.refuse(run.id, error.code, _one_line(error))
             return
         self.state.snapshot_made(run.id, result.snapshot, result.patients)
@@ -283,6 +289,12 @@ class Agent:
     def _open_event(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
         self._checked(run, offer.facts)
+        try:
+            self._budgeted(run, offer.facts.round)
+        except PolicyRefusal as refusal:
+            self.keyring.halt(run, offer.facts, _one_line(refusal))
+            log.error("no budget, keys destroyed", run=run.id, round=offer.facts.round, reason=str(refusal))
+            return
         if self.seed is None:
             key = os.urandom(32)
         else:
@@ -293,13 +305,20 @@ class Agent:
 
     def _train(self, offer: pb.Offer) -> None:
         run, round_ = self._run(offer.run), offer.facts.round
-        key = derive(self.state.event(run.id, round_)["random_key"], b"wardround/training/1")
         parameters = self._model(run, run.model_round).parameters
-        result = self._helped(offer, TrainerWork("train", run.plan, round_, parameters, self._snapshot_folder(run), key))
+        work = TrainerWork("train", run.plan, round_, parameters, self._snapshot_folder(run))
+        if (budgeted := self._budgeted(run, round_)) is None:
+            work = replace(work, random_key=derive(self.state.event(run.id, round_)["random_key"], b"wardround/training/1"))
+        else:
+            event, noise_key = budgeted
+            declared = self.settings.dataset(run.plan.dataset).declared_patients
+            work = replace(work, random_key=noise_key, noise_multiplier=event.noise_multiplier, declared_patients=declared)
+        result = self._helped(offer, work)
         assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
         if len(result.values) != run.layout.num_bytes:
             raise MessageError(f"the trainer delivered {len(result.values)} bytes, the layout has {run.layout.num_bytes}")
         self.state.update_made(run.id, round_, self.spool.put(result.values), result.num_patients)
+        self.budget.close_event(run, round_)
 
     def _encode(self, offer: pb.Offer) -> None:
         run, facts = self._run(offer.run), offer.facts
@@ -331,6 +350,7 @@ class Agent:
             content_bytes=len(content),
             declared_patients=declared[self.silo],
             cap=facts.cap,
+            ledger_head=self.budget.head(run.plan),
         )
         signed = sign("upload", ctx, header, self.silo, self.keys.identity)
         self.state.encoded(run.id, _attempt(offer), ctx, signed.SerializeToString(), header.content_digest)
@@ -345,6 +365,7 @@ class Agent:
         ctx, identities = self._checked(run, facts)
         known = self._known(run, facts.key_epoch)
         sealable = scrutiny.check_uploads(known, facts, ctx, offer.uploads, identities)
+        self._saw_own_head(sealable)
         declared = scrutiny.check_joins(known, offer.joins, list(sealable.headers), identities)
         if sealable.declared != declared:
             raise IntegrityError("a silo's upload declares other patients than its Join")
@@ -360,6 +381,7 @@ class Agent:
         facts, known = total.facts, self._known(run, total.facts.key_epoch)
         ctx, identities = self._checked(run, facts)
         sealable = scrutiny.check_uploads(known, facts, ctx, total.uploads, identities)
+        self._saw_own_head(sealable)
         self._check_sealed(run, facts, list(sealable.headers))
         layout = run.layout_in(facts.round)
         blob = self._fetch(total, run.he.sum_bytes(layout))
@@ -427,6 +449,7 @@ class Agent:
 
     def _close(self, offer: pb.Offer) -> None:
         row = self.state.run(offer.run)
+        self.budget.release(offer.run)
         self.state.set_stance(offer.run, Stance.CLOSED)
         self.helpers["trainer"].stop()  # frees the GPU for whoever is next
         log.info("run over", run=offer.run, how=pb.Phase.Name(offer.phase), model_round=None if row is None else row["model_round"])
@@ -438,6 +461,14 @@ class Agent:
         if row is None:
             raise MessageError("the aggregator speaks of a run this silo never judged")
         return Run(row)
+
+    def _budgeted(self, run: Run, round_: int) -> tuple[Event, bytes] | None:
+        """What the round may cost, and its noise key. Raises PolicyRefusal when the ledger has not enough left."""
+        return self.budget.open_event(run, round_, self.state.model(run.id, run.model_round)["mac"])
+
+    def _saw_own_head(self, sealable: scrutiny.Sealable) -> None:
+        own = sealable.headers.get(self.silo)
+        self.budget.saw([own.ledger_head] if own is not None and own.ledger_head else [])
 
     def _known(self, run: Run, key_epoch: int) -> scrutiny.Known:
         model = self.state.model(run.id, run.model_round)

@@ -16,6 +16,8 @@ from wardround.layout import Layout, layout_of
 from wardround.messages import opened
 from wardround.pb import federation_pb2 as pb
 
+LEDGER_HEAD_BYTES = 40  # seq as a big-endian u64, hash
+
 
 class Transfers:
     def __init__(self, store: Store, blobs: Blobs, folds: FoldProcess) -> None:
@@ -138,13 +140,14 @@ def check_header(header: pb.UploadHeader, attempt: Attempt, state: RunState, sil
         "declared_patients": cohort.joins_of(state)[silo].declared_patients,
         "cap": state.cap,
         "u2_digest": b"",
-        "ledger_head": b"",
     }
     for name, value in expected.items():
         seen = getattr(header, name)
         if seen != value:
             shown = f"expected {value}, got {seen}" if isinstance(value, int) else "it is not what this attempt demands"
             raise MessageError(f"the upload's {name}: {shown}")
+    if len(header.ledger_head) != (LEDGER_HEAD_BYTES if state.plan.privacy else 0):
+        raise MessageError("the upload's ledger_head: a private round's has 40 bytes, any other none")
     if len(header.content_digest) != 32:
         raise MessageError("the upload's content_digest has 32 bytes")
     if silo not in attempt.cohort:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from wardround.accounting import MAX_EPSILON_CAP
 from wardround.errors import PolicyRefusal, SettingsError
 from wardround.plan import NETWORKS, Plan, explain
 
@@ -32,6 +33,15 @@ class Policy(BaseModel):
 
     metrics: Literal["cohort", "per_silo"] = "cohort"
     """Whether this hospital's own validation metrics may be published, or only the cohort's mean."""
+
+    epsilon_cap: Annotated[float, Field(gt=0, le=MAX_EPSILON_CAP)] = 3.0
+    """What all training of this hospital may cost any of its patients, at `delta`: the ledger enforces it."""
+
+    delta: Annotated[float, Field(gt=0, le=1e-3)] = 1.0e-5
+    """Above one over the number of patients it protects nobody."""
+
+    allow_without_privacy: bool = False
+    """Plans without differential privacy: nothing bounds what a model tells about one patient. For simulated data."""
 
     allow_seeded_noise: bool = False
     """Reproducible randomness (silo-agent run --seed): not private. For the sandbox."""
@@ -94,4 +104,14 @@ def _refusals(policy: Policy, plan: Plan) -> Iterator[str]:
         yield (
             f"policy min_silos is {policy.min_silos}; the plan says aggregation.min_silos: {plan.aggregation.min_silos}. "
             f"Either the plan asks for at least {policy.min_silos}, or the hospital lowers min_silos."
+        )
+    if plan.privacy is None and not policy.allow_without_privacy:
+        yield (
+            "policy allow_without_privacy is false; the plan has no privacy section, so nothing bounds what its model tells about "
+            "one patient. Either the plan says what it may cost, or the hospital sets allow_without_privacy: true (for simulated data)."
+        )
+    if plan.privacy is not None and plan.privacy.delta > policy.delta:
+        yield (
+            f"policy delta is {policy.delta:g}; the plan says privacy.delta: {plan.privacy.delta:g}. Either the plan asks for at "
+            f"most {policy.delta:g}, or the hospital raises delta."
         )

@@ -187,7 +187,7 @@ def test_a_sum_that_failed_a_silos_check_ends_the_run(aggregator: TestAggregator
     assert silo.post(halt) == silo.post(halt)
     until(lambda: aggregator.store.run(run).phase == "failed")
     assert aggregator.store.run(run).reason.startswith(
-        "charite refused the sum of round 1: the sum fails its linear check. The keys of its epoch are destroyed"
+        "charite halted the run in round 1: the sum fails its linear check. It has destroyed the keys"
     )
     until(lambda: all(silo.closed == "FAILED" for silo in silos), silos)
 

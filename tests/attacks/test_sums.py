@@ -72,7 +72,7 @@ def attack(hospitals: Hospitals, monkeypatch: pytest.MonkeyPatch) -> Attack:
 
         monkeypatch.setattr(hospitals.aggregator.server._folds, "fold", fold)
         reason = hospitals.failed(run)
-        assert "refused the sum of round" in reason and "destroyed" in reason
+        assert "halted the run in round" in reason and "destroyed" in reason
         hospitals.until(lambda: all(silo.stance(run) == "closed" for silo in hospitals.all))
         assert {silo.model_round(run) for silo in hospitals.all} == {at}
         assert all(silo.state.epoch(run)["secrets"] is None for silo in hospitals.all)

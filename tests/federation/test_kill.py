@@ -125,7 +125,7 @@ def _refuse_a_sum(federation: Haunted) -> None:
     federation.deaths["aggregator"].arm(["aggregator.doubles.fold"])
     run = federation.ask(tiny())
     federation.ended(run, "failed")
-    assert "refused the sum of round 1" in federation.run(run).reason
+    assert "halted the run in round 1" in federation.run(run).reason
     for silo in NAMES:
         assert federation.query(silo, "SELECT * FROM epochs WHERE run = ? AND secrets IS NOT NULL", run) == []
 
