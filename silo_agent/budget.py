@@ -3,7 +3,6 @@
 from silo_agent.custody.policy import Policy
 from silo_agent.custody.state import State, now_ms
 from silo_agent.run import Run
-from silo_agent.secure_sum.packing import derive
 from wardround import accounting
 from wardround.accounting import Event
 from wardround.canonical import frame, sha256
@@ -35,8 +34,8 @@ class Budget:
         inputs = sha256(frame(b"wardround/event/1", run.plan.digest, model_mac, str(run.snapshot).encode()))
         seeded = None
         if self._seed is not None:
-            facts = (run.id.encode(), round_.to_bytes(8, "big"), self._state.meta("silo") or b"", inputs)
-            seeded = derive(frame(b"noise", str(self._seed).encode()), *facts)
+            silo = self._state.meta("silo") or b""
+            seeded = sha256(frame(b"wardround/seeded-noise/1", str(self._seed).encode(), silo, round_.to_bytes(8, "big"), inputs))
         with self._state.ledger() as ledger:
             return event, ledger.open_event(run.id, round_, inputs, now_ms(), seeded)
 

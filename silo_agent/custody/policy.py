@@ -108,7 +108,7 @@ def _refusals(policy: Policy, plan: Plan) -> Iterator[str]:
     if plan.privacy is None and not policy.allow_without_privacy:
         yield (
             "policy allow_without_privacy is false; the plan has no privacy section, so nothing bounds what its model tells about "
-            "one patient. Either the plan says what it may cost, or the hospital sets allow_without_privacy: true (for simulated data)."
+            "one patient. Either the plan says what it may cost, or the hospital sets allow_without_privacy: true (simulated data)."
         )
     if plan.privacy is not None and plan.privacy.delta > policy.delta:
         yield (

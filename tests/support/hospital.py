@@ -18,13 +18,9 @@ from wardround.roster import Member, propose, sign_roster
 PEERS = {"charite": 1, "st-marys": 3}  # their identity keys are ed25519(number)
 BINDING = {"source": "dicom", "labels": {"segments": {"grey": "SCT:1", "white": "White"}}, "declared_patients": 20}
 LENIENT = {
-    "allow_without_privacy": True,
-    "epsilon_cap": 10.0,
-    "allow_seeded_noise": True,
-    "allow_two_silo_sum": True,
-    "min_silos": 2,
+    "allow_without_privacy": True, "epsilon_cap": 10.0, "allow_seeded_noise": True, "allow_two_silo_sum": True, "min_silos": 2,
     "metrics": "per_silo",
-}
+}  # fmt: skip
 AGGREGATOR = ed25519(100)  # signs the audit heads
 
 
