@@ -35,7 +35,8 @@ class Budget:
         seeded = None
         if self._seed is not None:
             silo = self._state.meta("silo") or b""
-            seeded = sha256(frame(b"wardround/seeded-noise/1", str(self._seed).encode(), silo, round_.to_bytes(8, "big"), inputs))
+            facts = (str(self._seed).encode(), silo, run.plan.digest, round_.to_bytes(8, "big"))
+            seeded = sha256(frame(b"wardround/seeded-noise/1", *facts))
         with self._state.ledger() as ledger:
             return event, ledger.open_event(run.id, round_, inputs, now_ms(), seeded)
 
