@@ -23,7 +23,7 @@ from aggregator import lineage
 from aggregator.lineage import DatasetView, RoundView, RunView, catch_up, connect, follow, note_of, points_of, project
 from aggregator.round import RunPhase
 from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
-from tests.support.plans import tiny
+from tests.support.plans import private, tiny
 from wardround.canonical import digest_name
 from wardround.errors import Disconnected, StorageError
 from wardround.plan import UNMASKED
@@ -315,6 +315,15 @@ def test_the_note_is_lines_of_bounded_length() -> None:
 def test_the_closing_round_measures_the_last_model() -> None:
     steps = {point.key: point.step for point in points_of(tiny(), round_view(3))}
     assert steps["validation/dice"] == 2 and steps["cohort/size"] == 3
+
+
+def test_a_private_runs_epsilon_grows_by_the_rounds_and_not_in_the_closing_one() -> None:
+    plan = private(rounds=4)
+    spent = [
+        point.value for number in (1, 2, 4, 5) for point in points_of(plan, round_view(number)) if point.key == "privacy/epsilon"
+    ]
+    assert 0 < spent[0] < spent[1] < spent[2] == spent[3] <= 8.0
+    assert not any(point.key == "privacy/epsilon" for point in points_of(tiny(), round_view(1)))
 
 
 def test_follow_says_once_that_mlflow_is_down_once_that_it_is_up_and_catches_up(outage: Outage) -> None:
