@@ -20,7 +20,7 @@ from aggregator.folder import Opened
 from aggregator.records import RunState
 from aggregator.store import ENDED, Store
 from aggregator.telemetry import configure
-from wardround.accounting import round_event
+from wardround.accounting import epsilon_after, round_event
 from wardround.cli import Json, command_line, plan_facts, print_facts, run
 from wardround.errors import ConflictError, PlanError, SettingsError, StorageError
 from wardround.keyfiles import write_secret
@@ -156,7 +156,7 @@ def run_list(context: typer.Context, json_: Json = False) -> None:
     with _opened(context) as opened:
         now = opened.store.now_ms()
         rows = [_summary(state, now) for state in opened.store.runs()]
-    _print_rows("runs", rows, json_, ("run", "phase", "round", "rounds", "situation"))
+    _print_rows("runs", rows, json_, ("run", "phase", "round", "rounds", "epsilon", "situation"))
 
 
 @run_app.command("show")
@@ -205,8 +205,17 @@ def _summary(state: RunState, now_ms: int) -> dict[str, Any]:
         "phase": state.phase,
         "round": state.attempt.round if state.attempt else 0,
         "rounds": state.plan.rounds,
+        "epsilon": _epsilon(state),
         "situation": situation(state, now_ms),
     }
+
+
+def _epsilon(state: RunState) -> str:
+    """What the run has cost a patient so far, the round under way included."""
+    epsilon = epsilon_after(state.plan, state.attempt.round if state.attempt else 0)
+    if epsilon is None or state.plan.privacy is None:
+        return "unbounded"
+    return f"{epsilon:.2f} of {state.plan.privacy.epsilon:g}"
 
 
 def _details(store: Store, name: str) -> dict[str, Any]:
@@ -266,7 +275,16 @@ def _watch_live(store: Store, name: str) -> str:
 
 def _table(store: Store, state: RunState) -> Table:
     """A line per silo: what it says it does, and what it has delivered for the attempt under way."""
-    table = Table("silo", "stance", "does", "upload", "seal", "report", "seen", title=situation(state, store.now_ms()))
+    table = Table(
+        "silo",
+        "stance",
+        "does",
+        "upload",
+        "seal",
+        "report",
+        "seen",
+        title=f"{situation(state, store.now_ms())}; epsilon {_epsilon(state)}",
+    )
     known = {silo.name: silo for silo in store.silos()}
     for silo in sorted(state.active | state.joins.keys()):
         about = known.get(silo)

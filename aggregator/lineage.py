@@ -12,7 +12,6 @@ import json
 import math
 import os
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -21,7 +20,7 @@ from urllib.parse import urlsplit
 import structlog
 
 from aggregator.round import RunPhase
-from wardround.accounting import pld_epsilon, round_event
+from wardround.accounting import epsilon_after
 from wardround.canonical import canonical_json, digest_name
 from wardround.errors import Disconnected, StorageError, WardroundError
 from wardround.plan import Plan
@@ -225,14 +224,6 @@ def note_of(view: RunView) -> str:
     return "\n".join(f"- {line}" for line in dict.fromkeys(lines))
 
 
-def _epsilon(plan: Plan, round_: int) -> dict[str, float]:
-    """What the run has cost a patient after `round_`, at the plan's delta; the closing round costs nothing."""
-    event = round_event(plan)
-    if event is None or plan.privacy is None:
-        return {}
-    return {"privacy/epsilon": pld_epsilon(Counter({event: min(round_, plan.rounds)}), plan.privacy.delta)}
-
-
 def points_of(plan: Plan, view: RoundView) -> Iterator[Point]:
     """A round's metrics. Means stand at the step of the model they measure, everything else at the round's."""
     yield from _measured("validation", plan, view.means, view.model_round_measured, view.committed_ms)
@@ -243,8 +234,9 @@ def points_of(plan: Plan, view: RoundView) -> Iterator[Point]:
         "bytes/upload": view.upload_bytes,
         "bytes/download": view.download_bytes,
         "update/saturated_fraction": view.saturated_fraction,
-        **_epsilon(plan, view.round),
     } | {f"seconds/{phase}": value for phase, value in view.seconds.items() if phase in PHASES}
+    if (epsilon := epsilon_after(plan, view.round)) is not None:
+        values["privacy/epsilon"] = epsilon
     for key, value in values.items():
         yield Point(key, float(value), view.round, view.committed_ms)
 

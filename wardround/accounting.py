@@ -63,6 +63,16 @@ def round_event(plan: Plan) -> Event | None:
     )
 
 
+def epsilon_after(plan: Plan, round_: int) -> float | None:
+    """What a run has cost each patient once `round_` is over, at the plan's delta: reported, see above. The closing round costs
+    nothing. None without privacy: there is no bound."""
+    event = round_event(plan)
+    if event is None or plan.privacy is None:
+        return None
+    rounds = min(round_, plan.rounds)
+    return pld_epsilon(Counter({event: rounds}), plan.privacy.delta) if rounds > 0 else 0.0
+
+
 def batch_constant(sample_rate: float, declared_patients: int) -> float:
     """The expected batch, by which noised sums are divided: public, never from the data. Raises DataError below one patient."""
     if sample_rate * declared_patients < 1:
