@@ -99,9 +99,9 @@ def test_a_bomb_in_the_size_of_a_chunk_is_numbers_and_nothing_else(monkeypatch: 
     monkeypatch.setattr(ciphertexts, "decompress", lambda data: seen.append(len(real(data))) or real(data))
     chunk = bomb().ljust(HE.upload_chunk_bytes, b"\0")
     assert len(chunk) == HE.upload_chunk_bytes
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     check_upload(HE, chunk)
     honest = encrypt(HE, new_secret_key(HE), ZEROS)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     total = numbers(HE, sum_chunks(HE, [honest, chunk]), "sum")[:4096]
     one, two = (numbers(HE, data[: HE.polynomial_bytes], "upload").astype(object) for data in (honest, chunk))
     assert (total == (one + two) % HE.prime).all()
