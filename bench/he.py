@@ -95,7 +95,7 @@ def ours(layout: Layout, silos: list[np.ndarray]) -> Run:
     control = ControlMap(len(layout.arrays), ())
     uploads, total = [], np.zeros(layout.num_parameters, dtype=np.uint64)
     for number, update in enumerate(silos):
-        head = control_chunk(control, 100, None, None, bytes(32), bytes(32), PARAMETERS)
+        head = control_chunk(control, f"silo-{number}", 100, None, None, bytes(32), bytes(32), PARAMETERS)
         watch.start()
         encoded = encode(update, layout, exponents, 1.0, bytes([number]) * 32, PARAMETERS)
         uploads.append(memoryview(encrypt(PARAMETERS, key, upload_coefficients(head, encoded, PARAMETERS))))

@@ -130,7 +130,7 @@ def test_a_silo_that_comes_late_is_in_the_next_round_and_reaches_the_same_model(
 def test_a_silo_that_missed_the_end_still_gets_its_sums(aggregator: TestAggregator, later: Callable[[float], None]) -> None:
     silos = aggregator.hospitals(FOUR)
     run = aggregator.submit(tiny())
-    until(lambda: all(silo.epoch == 1 for silo in silos), silos)
+    until(lambda: all(silo.held == {1} for silo in silos), silos)
     away, there = silos[3], silos[:3]
     until(lambda: all("upload" in silo.did for silo in there), there)
 

@@ -6,13 +6,11 @@ The aggregator of these tests does what its code could do if someone changed it:
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 from tenseal import sealapi
 
 from tests.aggregator.test_statements import records
 from tests.attacks.federation import HE, PLAN, Hospitals
-from wardround.chunks import COEFFICIENTS
 from wardround.ciphertexts import numbers, scratch, sum_chunks, wire
 
 Lie = Callable[[list[bytes]], bytes]  # uploads of U3, in the order of names -> the sum to publish
@@ -34,14 +32,14 @@ def honest(uploads: list[bytes]) -> list[list[bytes]]:
     return [[chunk(upload, index) for upload in uploads] for index in range(CHUNKS)]
 
 
-def add_plain(data: bytes, index: int, shift: np.ndarray) -> bytes:
-    """`shift` (uint64 [4096]) added to chunk `index` of a sum, as anyone who knows the parameters can."""
+def add_plain(data: bytes, index: int, shift: str) -> bytes:
+    """`shift`, a polynomial as SEAL writes it (3E8x^5: 1000 in coefficient 5), added to chunk `index` of a sum, as anyone who knows
+    the parameters can."""
     size = HE.sum_chunk_bytes
     with scratch(HE) as memory:
-        ciphertext, plaintext = sealapi.Ciphertext(), sealapi.Plaintext()
+        ciphertext = sealapi.Ciphertext()
         memory.load_sum(ciphertext, numbers(HE, data[index * size : (index + 1) * size], "sum"))
-        memory.load_plaintext(plaintext, shift)
-        sealapi.Evaluator(memory.context).add_plain_inplace(ciphertext, plaintext)
+        sealapi.Evaluator(memory.context).add_plain_inplace(ciphertext, sealapi.Plaintext(shift))
         changed = wire(HE, memory.saved_sum(ciphertext))
     return data[: index * size] + changed + data[(index + 1) * size :]
 
@@ -99,14 +97,12 @@ def test_the_honest_run_that_every_attack_is_one_step_away_from(hospitals: Hospi
 
 
 def test_a_shift_by_add_plain(attack: Attack) -> None:
-    shift = np.zeros(COEFFICIENTS, dtype=np.uint64)
-    shift[5] = 1000  # a thousand steps of one parameter: no field's range notices
+    shift = "3E8x^5"  # a thousand steps of one parameter: no field's range notices
     assert attack(lambda uploads: add_plain(added(honest(uploads)), 1, shift)).why == {LINEAR}
 
 
 def test_a_shift_of_the_bounds_in_the_control_chunk(attack: Attack) -> None:
-    shift = np.zeros(COEFFICIENTS, dtype=np.uint64)
-    shift[4] = 1  # one saturated value more
+    shift = "1x^4"  # one saturated value more
     assert attack(lambda uploads: add_plain(added(honest(uploads)), 0, shift)).why == {LINEAR}
 
 

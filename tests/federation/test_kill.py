@@ -2,9 +2,9 @@
 same bits come out.
 
 One federation goes through a story: a run that nobody disturbs, the same run with a death before and after every row, a hospital
-that is away while keys are agreed, a sum that holds an upload twice, a hospital that goes back to a backup, a run that is aborted,
-runs that are refused. What only disagreeing or absent silos bring about comes
-from fake silos at a second aggregator. The rows are the tables' own: a new one fails here until something reaches it.
+that goes back to a backup, one that is away while keys are agreed, a sum that holds an upload twice, a run that is aborted, runs
+that are refused. What only disagreeing or absent silos bring about comes from fake silos at a second aggregator. The rows are the
+tables' own: a new one fails here until something reaches it.
 """
 
 import socket
@@ -36,7 +36,7 @@ from wardround.pb import federation_pb2 as pb
 from wardround.plan import Plan
 from wardround.roster import propose, sign_roster
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SILO_ROWS = [row.name for row in SILO_TABLE]
 AGGREGATOR_ROWS = [row.name for row in AGGREGATOR_TABLE]
@@ -89,10 +89,10 @@ def _tell(federation: Haunted, story: Story) -> Story:
     story.updates = {silo: records(federation.silo_database(silo), "update") for silo in NAMES}
     story.in_sums = [total.attempt.u3 for total in federation.opened.store.sums(disturbed)]
     story.abandoned = len(federation.opened.store.abandoned(disturbed))
-    story.late = _late(federation)
-    _refuse_a_sum(federation)
     _restore(federation, "agent.before.join", "missed it")
     _restore(federation, "agent.before.judge", "not ours")
+    story.late = _late(federation)
+    _refuse_a_sum(federation)
     _abort(federation)
     _refuse(federation)
     for program in federation.all_programs():

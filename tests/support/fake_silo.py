@@ -72,7 +72,7 @@ class FakeSilo:
     mac: bytes = INITIAL_MAC
     bounds: bytes = INITIAL_BOUNDS
     run: str = ""
-    epoch: int = 0
+    held: set[int] = field(default_factory=set)  # key epochs
     roster_version: int = 0
     seen: bytes = b""
     did: list[str] = field(default_factory=list)
@@ -201,7 +201,7 @@ class FakeSilo:
             self.upload(signed, content)
         else:
             self.post(signed)
-        self.epoch = offer.facts.key_epoch
+        self.held.add(offer.facts.key_epoch)
 
     def ctx(self, offer: pb.Offer) -> bytes:
         """Its own, from its own state: an aggregator that offers another is not believed."""
@@ -275,7 +275,7 @@ class FakeSilo:
         self.roster_version = offer.roster_version
         if offer.run and offer.run != self.run and offer.phase == pb.INVITED:
             self.run, self.model_round, self.mac, self.bounds = offer.run, 0, self.initial_mac, INITIAL_BOUNDS
-            self.epoch = 0
+            self.held = set()
         key = (offer.run, offer.facts.round, offer.facts.attempt)
         if offer.phase == pb.INVITED and self.joins:
             self._once(("join", offer.run), lambda: self.post(self.join(offer)))
@@ -293,7 +293,7 @@ class FakeSilo:
 
     def _catch_up(self, offer: pb.Offer) -> None:
         for total in offer.sums:
-            if total.facts.round == self.model_round + 1:
+            if total.facts.round == self.model_round + 1 and total.facts.key_epoch in self.held:
                 self.apply(total)
                 if self.reports:
                     self._once(("report", offer.run, self.model_round), lambda: self.post(self.report()))
@@ -305,9 +305,9 @@ class FakeSilo:
             self._once(("keys", offer.run, offer.facts.key_epoch), lambda: self.make_keys(offer))
         for signed in offer.relayed:
             body = pb.KeyEpoch.FromString(signed.body)
-            if body.number > self.epoch and self.name in [box.silo for box in body.boxes]:
+            if body.number not in self.held and self.name in [box.silo for box in body.boxes]:
                 self._once(("ack", offer.run, body.number), lambda: self.post(self.ack(offer)))
-                self.epoch = body.number
+                self.held.add(body.number)
 
     def _once(self, key: Any, act: Callable[[], Any]) -> None:
         if key in self._done:
