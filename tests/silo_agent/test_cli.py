@@ -84,8 +84,8 @@ def test_status_says_why_a_run_ended_with_its_keys(hospital: Hospital, typed: Ty
     halt = pb.Signed(message="halt", body=pb.Halt(run="tiny-1", round=3, reason="it failed the check").SerializeToString())
     hospital.state.halt("tiny-1", halt.SerializeToString(), "it failed the check")
     (run,) = json.loads(typed("status", "--json")[1])["runs"]
-    assert (run["key_epoch"], run["reason"]) == (0, "the sum of round 3 was refused: it failed the check")
-    assert "the sum of round 3 was refused: it failed the check" in typed("status")[1]
+    assert (run["key_epoch"], run["reason"]) == (0, "halted in round 3: it failed the check")
+    assert "halted in round 3: it failed the check" in typed("status")[1]
 
 
 def test_policy_check_says_yes_or_which_line_says_no(hospital: Hospital, typed: Typed, tmp_path: Path) -> None:
