@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aggregator import cli
+from aggregator import cli, control
 from tests.aggregator.test_statements import at
 from tests.support.aggregator import TestAggregator, until
 from tests.support.plans import TINY, tiny
@@ -49,7 +49,7 @@ def test_plans_are_checked_against_who_is_there(aggregator: TestAggregator, comm
 
 def test_more_silos_than_a_sum_has_room_for(aggregator: TestAggregator, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     aggregator.hospitals()
-    monkeypatch.setattr(cli, "MAX_SILOS", 2)
+    monkeypatch.setattr(control, "MAX_SILOS", 2)
     assert "a sum has headroom for 2 silos, the published roster has 3" in command("plan", "check", "plan.yaml")[2]
 
 

@@ -17,7 +17,7 @@ from silo_agent.agent import Agent
 from silo_agent.client import Client
 from silo_agent.custody.policy import load_policy
 from silo_agent.desk import Desk
-from silo_agent.launch.process import Helper
+from silo_agent.launch import Helper
 from silo_agent.round import Stance, next_row
 from silo_agent.secure_sum.check import CLEAR_EPOCH_SECRET, control_chunk, upload_bytes
 from silo_agent.secure_sum.packing import encode
@@ -45,6 +45,7 @@ CONTROL = ControlMap(len(LAYOUT.arrays), metric_names(PLAN.classes))
 
 class Helpers:
     """The desk, its helpers already done. Never a process."""
+    situation = ""
 
     def __init__(self) -> None:
         self.works: list[Any] = []
