@@ -10,7 +10,7 @@ CHARTS = Path(__file__).parents[1] / "charts"
 
 
 def values(text: str) -> list[tuple[str, str, str]]:
-    """(key path, default, description) of every value, in the order of the file. A comment belongs to the key below it, or beside it."""
+    """(key path, default, description) of every value, in the order of the file. A comment belongs to the key below or beside it."""
     rows: list[tuple[str, str, str]] = []
     above: list[str] = []
     path: list[str] = []
@@ -35,7 +35,14 @@ def values(text: str) -> list[tuple[str, str, str]]:
 
 def readme(chart: Path) -> str:
     about = yaml.safe_load((chart / "Chart.yaml").read_text())
-    lines = [f"# {about['name']}", "", about["description"], "", "Made by scripts/chart_readme.py from values.yaml; do not edit.", ""]
+    lines = [
+        f"# {about['name']}",
+        "",
+        about["description"],
+        "",
+        "Made by scripts/chart_readme.py from values.yaml; do not edit.",
+        "",
+    ]
     lines += ["| value | default | what it is |", "|---|---|---|"]
     for path, default, told in values((chart / "values.yaml").read_text()):
         escaped = told.replace("|", "\\|")

@@ -78,7 +78,11 @@ def _open(host: str, port: int, proxy: Proxy | None, found: list[Finding]) -> so
         where = urlsplit(proxy.url)
         found.append(Finding("name", True, f"the proxy is {_resolve(where.hostname or '', 'check network.proxy.url')}"))
         connection = _connect(where.hostname or "", where.port or 80, "check network.proxy.url and the proxy's own rules")
-        _tunnel(connection, host, port, proxy)
+        try:
+            _tunnel(connection, host, port, proxy)
+        except _Broken:
+            connection.close()
+            raise
         found.append(Finding("proxy", True, f"CONNECT {host}:{port} is allowed"))
     found.append(Finding("tcp", True, f"{host}:{port} answers"))
     return connection

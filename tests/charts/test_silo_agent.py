@@ -96,7 +96,10 @@ def test_only_job_mode_has_a_kubernetes_token_and_rights(render: Render) -> None
     [
         ({"trainer": {"mode": "job"}, "snapshots": {"trainerClaim": "c"}}, "namespace"),
         ({"trainer": {"mode": "job", "namespace": "t"}}, "trainerClaim"),
-        ({"trainer": {"mode": "job", "namespace": "wardround"}, "snapshots": {"trainerClaim": "c"}}, "can read every Secret and claim"),
+        (
+            {"trainer": {"mode": "job", "namespace": "wardround"}, "snapshots": {"trainerClaim": "c"}},
+            "can read every Secret and claim",
+        ),
         ({"network": {"proxy": {"url": "https://proxy:3128"}}}, "url"),
         ({"datasets": {"b": {"source": {"path": "x"}, "labels": {"segments": {}}, "declaredPatients": 1}}}, "source"),
     ],

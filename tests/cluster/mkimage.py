@@ -4,7 +4,12 @@
 SRC is a root file system's tar or a folder. KEY=VALUE: entrypoint=/x (JSON list or one word), cmd=..., user=..., env=... (repeatable).
 """
 
-import hashlib, io, json, os, sys, tarfile
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
 
 out, name, src = sys.argv[1:4]
 config = {"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]}

@@ -45,6 +45,7 @@ CONTROL = ControlMap(len(LAYOUT.arrays), metric_names(PLAN.classes))
 
 class Helpers:
     """The desk, its helpers already done. Never a process."""
+
     situation = ""
 
     def __init__(self) -> None:
