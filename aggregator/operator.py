@@ -1,8 +1,9 @@
 """The operator: FederationRun objects become runs, and objects mirror what the server's store says. The store is the truth.
 
 A program of its own beside the server: it holds the Kubernetes token of one namespace, and neither database nor key. It lists,
-reconciles every object to where it stands, watches for a change, and lists again after 30 s at most: level-triggered, so that nothing
-it missed, and no death of it, leaves an object wrong for longer. Deleting an object stops its run; no finalizer holds anything back.
+reconciles every object to where it stands, watches for a change, and lists again after 30 s at most: level-triggered, so that
+nothing it missed, and no death of it, leaves an object wrong for longer. Deleting an object stops its run; no finalizer holds
+anything back.
 """
 
 import json

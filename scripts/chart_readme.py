@@ -10,7 +10,7 @@ CHARTS = Path(__file__).parents[1] / "charts"
 
 
 def values(text: str) -> list[tuple[str, str, str]]:
-    """(key path, default, description) of every value, in the order of the file. A comment belongs to the key below or beside it."""
+    """(key path, default, description) of every value, in the order of the file. A comment is the key's below or beside it."""
     rows: list[tuple[str, str, str]] = []
     above: list[str] = []
     path: list[str] = []
