@@ -69,7 +69,7 @@ def test_mlflow_has_rounds_and_lineage(federation: Federation, kube: Kube) -> No
     program = (
         "from mlflow import MlflowClient; c = MlflowClient(); e = c.get_experiment_by_name('neuro/tiny');"
         "r = c.search_runs([e.experiment_id], filter_string=\"tags.`wardround.run_id` = 'tiny-1'\")[0];"
-        "print(r.info.status, len(c.get_metric_history(r.info.run_id, 'validation/dice')), len(r.inputs.dataset_inputs),"
+        "print(r.info.status, len(c.get_metric_history(r.info.run_id, 'cohort/size')), len(r.inputs.dataset_inputs),"
         "r.data.tags['wardround.plan_digest'][:7])"
     )
     environment = ["env", "MLFLOW_TRACKING_URI=http://mlflow:5000", "python", "-W", "ignore", "-c", program]
@@ -79,7 +79,7 @@ def test_mlflow_has_rounds_and_lineage(federation: Federation, kube: Kube) -> No
 
     kube.until("the run in MLflow", lambda: ready().startswith("FINISHED"), 120)
     _, rounds, datasets, digest = ready().split()
-    assert int(rounds) >= 1 and int(datasets) == 3 and digest == "sha256:"
+    assert int(rounds) >= 4 and int(datasets) == 3 and digest == "sha256:"
 
 
 def test_mlflow_wants_a_login(federation: Federation, kube: Kube) -> None:
