@@ -1,7 +1,11 @@
 """`aggregator`: the coordinator's command line. It works on the data folder itself; a running server notices within a second."""
 
+import base64
 import getpass
+import io
+import secrets
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +19,19 @@ from rich.live import Live
 from rich.table import Table
 
 from aggregator.config import Settings, load_settings
+from aggregator.control import check_fits, silo_rows
 from aggregator.driver import situation
 from aggregator.folder import Opened
 from aggregator.records import RunState
 from aggregator.store import ENDED, Store
 from aggregator.telemetry import configure
-from wardround.accounting import epsilon_after, round_event
+from wardround.accounting import epsilon_after
 from wardround.cli import Json, command_line, plan_facts, print_facts, run
-from wardround.errors import ConflictError, PlanError, SettingsError, StorageError
+from wardround.errors import ConflictError, SettingsError, StorageError
 from wardround.keyfiles import write_secret
+from wardround.kube import ClusterApi
 from wardround.pb import federation_pb2 as pb
-from wardround.plan import Plan, load_plan
+from wardround.plan import load_plan
 from wardround.roster import draft
 
 WATCH_S = 1.0
@@ -78,6 +84,51 @@ def serve_command(context: typer.Context) -> None:
     serve(settings)
 
 
+@app.command("operator")
+def operator_command(
+    control: Annotated[Path, typer.Option(help="The server's control socket.")],
+    namespace: Annotated[str, typer.Option(help="Where FederationRun and Silo objects lie.")],
+    mlflow: Annotated[str, typer.Option(help="Where people look at runs, for the objects' status.")] = "",
+) -> None:
+    """Turn FederationRun objects of Kubernetes into runs, and mirror runs and silos. The chart's second container.
+
+    \b
+    Example:
+      aggregator operator --control /run/wardround/control.sock --namespace wardround
+    """
+    from aggregator.operator import Operator, Server
+
+    configure("json")
+    Operator(ClusterApi.of_this_pod(), namespace, Server(control), mlflow).run()
+
+
+@app.command("mlflow-secret")
+def mlflow_secret(
+    name: Annotated[str, typer.Argument(help="NAMESPACE/NAME of the Kubernetes Secret.")], json_: Json = False
+) -> None:
+    """Make the Secret with MLflow's admin account, unless it is there. The chart's first Job runs it.
+
+    \b
+    Example:
+      aggregator mlflow-secret wardround/mlflow
+    """
+    namespace, _, secret = name.partition("/")
+    password = secrets.token_urlsafe(24)
+    ini = (
+        "[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:////data/auth.db\nadmin_username = admin\n"
+        f"admin_password = {password}\nauthorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    values = {"username": "admin", "password": password, "flask_key": secrets.token_urlsafe(24), "basic_auth.ini": ini}
+    body = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": secret, "labels": {"app.kubernetes.io/part-of": "wardround"}},
+        "data": {key: base64.b64encode(value.encode()).decode() for key, value in values.items()},
+    }
+    made = ClusterApi.of_this_pod().create(f"/api/v1/namespaces/{namespace}/secrets", body)
+    print_facts({"secret": name, "made": made}, json_)
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +144,7 @@ def check(context: typer.Context, file: Annotated[Path, typer.Argument(help="The
     """
     plan = load_plan(file)
     with _opened(context) as opened:
-        active = _check_fits(plan, opened.store)
+        active = check_fits(plan, opened.store)
     unknown = "not asked: a hospital's policy and dataset are judged there, once the plan is submitted"
     print_facts(plan_facts(plan) | {"active_silos": active, "each_silo": unknown}, json_)
 
@@ -111,28 +162,9 @@ def submit(context: typer.Context, file: Annotated[Path, typer.Argument(help="Th
     """
     plan = load_plan(file)
     with _opened(context) as opened:
-        active = _check_fits(plan, opened.store)
+        active = check_fits(plan, opened.store)
         name = opened.store.submit(plan, _person())
     print_facts({"run": name, "asked": active}, json_)
-
-
-def _check_fits(plan: Plan, store: Store) -> list[str]:
-    """Names of the active silos. Raises PlanError."""
-    roster = store.newest_roster()
-    revoked = {silo.name for silo in store.silos() if silo.revoked_ms is not None}
-    active = sorted(roster.active().keys() - revoked) if roster else []
-    round_event(plan)  # whose numbers cannot fit together is refused here
-    if len(active) < plan.aggregation.min_silos:
-        raise PlanError(
-            f"aggregation.min_silos is {plan.aggregation.min_silos}, the published roster has {len(active)} active "
-            "silos: enrol more, or ask fewer"
-        )
-    if len(active) > plan.aggregation.he.max_silos:
-        raise PlanError(
-            f"aggregation.max_silos is {plan.aggregation.he.max_silos}, the published roster has {len(active)} active silos: a sum "
-            "must have headroom for all of them"
-        )
-    return active
 
 
 def _person() -> str:
@@ -304,7 +336,7 @@ def _table(store: Store, state: RunState) -> Table:
 def token(
     context: typer.Context,
     names: Annotated[list[str], typer.Argument(help="One or more silo names.")],
-    out: Annotated[Path, typer.Option(help="The folder for the files.")] = Path(),
+    out: Annotated[Path, typer.Option(help="The folder for the files; -: a tar archive on standard output.")] = Path(),
     json_: Json = False,
 ) -> None:
     """Write one enrolment file per silo, to be sent to that hospital: it works once, for that name, for a week.
@@ -312,8 +344,9 @@ def token(
     \b
     Example:
       aggregator silo token st-marys charite leuven --out letters
+      kubectl -n wardround exec deploy/aggregator -- aggregator silo token st-marys charite leuven --out - | tar x
     """
-    made = []
+    made, archive = [], tarfile.open(fileobj=sys.stdout.buffer, mode="w|") if str(out) == "-" else None  # noqa: SIM115
     with _opened(context) as opened:
         settings = opened.settings
         for silo in names:
@@ -325,12 +358,24 @@ def token(
                 serial, silo, int(expires.timestamp() * 1000)
             )  # before the file: a token nobody has is no risk
             try:
+                if archive is not None:
+                    _add(archive, path.name, data)
+                    continue
                 out.mkdir(parents=True, exist_ok=True)
                 write_secret(path, data, replace=False)
             except OSError as error:
                 raise StorageError(f"the enrolment file cannot be written: {error.strerror}") from None
             made.append({"silo": silo, "file": path.name, "expires": expires.isoformat(timespec="minutes")})
+    if archive is not None:
+        archive.close()
+        return
     _print_rows("tokens", made, json_, ("silo", "file", "expires"))
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.mtime = len(data), 0o600, int(time.time())
+    archive.addfile(member, io.BytesIO(data))
 
 
 @silo_app.command("list")
@@ -342,24 +387,9 @@ def silo_list(context: typer.Context, json_: Json = False) -> None:
       aggregator silo list
     """
     with _opened(context) as opened:
-        store, roster = opened.store, opened.store.newest_roster()
-        known = {silo.name: silo for silo in store.silos()}
-        members = {member.name: member.status for member in roster.silos} if roster else {}
-        waiting = {one.silo for one in store.tokens() if one.state == "unused" and one.expires_ms > store.now_ms()}
-        rows: list[dict[str, Any]] = []
-        for silo in sorted(known.keys() | members.keys() | waiting):
-            about = known.get(silo)
-            standing = members.get(silo) or ("enrolled, not in the roster" if about else "token issued, not enrolled")
-            rows.append(
-                {
-                    "silo": silo,
-                    "standing": "revoked" if about and about.revoked_ms is not None else standing,
-                    "version": about.software_version if about else "",
-                    "activity": about.activity if about else "",
-                    "approved_roster": about.roster_version if about else 0,
-                    "last_seen": _when(about.last_seen_ms) if about else None,
-                }
-            )
+        rows = silo_rows(opened.store)
+    for row in rows:
+        row["last_seen"] = _when(row.pop("last_seen_ms"))
     _print_rows("silos", rows, json_, ("silo", "standing", "version", "activity", "approved_roster", "last_seen"))
 
 

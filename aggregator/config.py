@@ -33,7 +33,11 @@ class Settings(BaseSettings):
     names: tuple[str, ...] = ()
     """More DNS names and addresses for the server's certificate."""
     metrics_port: Port | None = 9464
-    """/metrics and /health, on loopback only; null: none."""
+    """/metrics and /health; null: none."""
+    metrics_listen: str = "127.0.0.1"
+    """In a pod 0.0.0.0, for the kubelet's probes and Prometheus; who may come is then the NetworkPolicy's business."""
+    control: Path | None = None
+    """A Unix socket for the operator container of the same pod; null: none."""
     mlflow: str | None = None
     """Tracking URI; null: runs are not shown in MLflow."""
     log: Literal["console", "json"] = "json"

@@ -1,4 +1,4 @@
-"""The process `aggregator serve`: one data folder, one gRPC port for hospitals, one loopback port for health and metrics.
+"""The process `aggregator serve`: one data folder, one gRPC port for hospitals, one port for health and metrics.
 
 SIGTERM drains: polls are answered, calls in flight finish, the driver ends its action and gives the lease back; then exit 0.
 """
@@ -21,6 +21,7 @@ from prometheus_client import make_wsgi_app
 
 from aggregator.blobs import Blobs
 from aggregator.config import Settings
+from aggregator.control import Control
 from aggregator.driver import Bell, Driver
 from aggregator.fold import FoldProcess
 from aggregator.folder import Opened
@@ -78,6 +79,7 @@ class Server:
         self._tasks: set[asyncio.Task[None]] = set()
         self._grpc: aio.Server | None = None
         self._http: WSGIServer | None = None
+        self._control: Control | None = None
         self.port = 0
         self.metrics_port = 0
 
@@ -96,9 +98,14 @@ class Server:
                 f"port {settings.listen_port} cannot be listened on: another program has it, or this user may not"
             ) from None
         if settings.metrics_port is not None:
-            self._http = _metrics_server(settings.metrics_port, lambda: not self._federation.draining.is_set())
+            self._http = _metrics_server(
+                settings.metrics_listen, settings.metrics_port, lambda: not self._federation.draining.is_set()
+            )
             self.metrics_port = self._http.server_port
             self._thread("metrics", self._http.serve_forever)
+        if settings.control is not None:
+            self._control = Control(settings.control, self._opened.store)
+            self._threads.append(self._control.start())
         self.bell.hang(loop)
         await self._grpc.start()
         self._thread("driver", self.driver.run)
@@ -118,6 +125,9 @@ class Server:
         self._stop_threads.set()
         self.driver.stop()
         self._folds.close()
+        if self._control is not None:
+            self._control.shutdown()
+            self._control.server_close()
         if self._http is not None:
             self._http.shutdown()
             self._http.server_close()
@@ -181,8 +191,8 @@ class _Quiet(WSGIRequestHandler):
         """A scrape is no change of state."""
 
 
-def _metrics_server(port: int, healthy: Callable[[], bool]) -> WSGIServer:
-    """/health: 200 while serving, 503 while draining; everything else: the metrics. Loopback only."""
+def _metrics_server(address: str, port: int, healthy: Callable[[], bool]) -> WSGIServer:
+    """/health: 200 while serving, 503 while draining; everything else: the metrics."""
     metrics = make_wsgi_app()
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -193,6 +203,6 @@ def _metrics_server(port: int, healthy: Callable[[], bool]) -> WSGIServer:
         return [b"serving\n" if up else b"draining\n"]
 
     try:
-        return make_server("127.0.0.1", port, answer, handler_class=_Quiet)
+        return make_server(address, port, answer, handler_class=_Quiet)
     except OSError as error:
         raise SettingsError(f"metrics_port {port} cannot be listened on: {error.strerror}") from None

@@ -88,9 +88,7 @@ def _federate(console: Console, root: Path, plan: Plan, folders: dict[str, Path]
             console.print("enrolment: operator key, aggregator, one token a hospital, signed roster")
             federation.set_up()
             run = federation.submit(PLAN)
-            console.print(
-                f"run {run}: {plan.rounds} rounds of {plan.training.steps} steps, summed under encryption"
-            )
+            console.print(f"run {run}: {plan.rounds} rounds of {plan.training.steps} steps, summed under encryption")
             completed = _watch(console, federation, run, plan)
             wait_for_mlflow(mlflow, port)
             verified = _verify(federation)
@@ -205,11 +203,7 @@ def show(console: Console, plan: Plan, federated: Dice, baselines: Baselines, va
         f"the worst served hospital is {metric['worst_silo']}"
     )
     say("pooled draws three times the batch: as many steps and samples as the federation; no hospital could do that")
-    say(
-        "\n".join(
-            ("audit chains verified; updates travelled encrypted (BFV)", *plan.caveats, SIMULATED)
-        )
-    )
+    say("\n".join(("audit chains verified; updates travelled encrypted (BFV)", *plan.caveats, SIMULATED)))
     say(f"{value['seconds']:.0f} s after the data was there, {value['peak_memory_bytes'] / 1e9:.1f} GB resident at most")
     say(f"next: make mlflow, then experiment {FEDERATION}/{plan.name}: the curves, the parameters and the lineage of this run")
     say("what each program keeps lies under demo/federation; look at it with, say,")

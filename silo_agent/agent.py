@@ -21,7 +21,7 @@ from silo_agent.custody.state import State
 from silo_agent.desk import Desk
 from silo_agent.inbox import Inbox
 from silo_agent.keyring import Keyring
-from silo_agent.launch.process import Helper
+from silo_agent.launch import Helper
 from silo_agent.membership import Membership
 from silo_agent.round import Action, Attempt, Offered, Row, Stance, next_row
 from silo_agent.run import Run, exponents_of
@@ -200,8 +200,7 @@ class Agent:
         try:
             binding = self.settings.dataset(run.plan.dataset)
             segments = {name: binding.labels.segments[name] for name in run.plan.classes[1:]}
-            snapshots = self.settings.data / "snapshots"
-            work = IngestWork(run.plan, binding.source, segments, self.keys.split_key, snapshots)
+            work = IngestWork(run.plan, binding.source, segments, self.keys.split_key, self.settings.snapshots)
             result = self._helped(offer, work)
             assert isinstance(result, IngestResult)  # noqa: S101 - the desk pairs work and result
         except WardroundError as error:
@@ -524,7 +523,7 @@ class Agent:
         return signed, pb.UploadHeader.FromString(signed.body)
 
     def _snapshot_folder(self, run: Run) -> Path:
-        return self.settings.data / "snapshots" / str(run.snapshot)
+        return self.settings.snapshots / str(run.snapshot)
 
     def _post(self, message: str, ctx: bytes, body: Any) -> pb.Signed:
         signed = sign(message, ctx, body, self.silo, self.keys.identity)
@@ -538,6 +537,8 @@ class Agent:
         while True:
             if helper.ensure():
                 log.info("helper started", program=helper.program)
+            if helper.situation:
+                self._be("queued", helper.situation)
             result = self.desk.wait(work_id, HELPER_CHECK_S)
             if result is not None:
                 return result

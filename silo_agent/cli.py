@@ -1,5 +1,6 @@
 """`silo-agent`: what hospital IT types. Every command works beside the running agent; none needs an inbound port."""
 
+import base64
 import os
 import signal
 import sqlite3
@@ -8,12 +9,13 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from silo_agent.client import Credentials
 from silo_agent.config import Settings, load_settings
+from silo_agent.custody.door import Door, new_secret
 from silo_agent.custody.enrollment import enroll_request, read_enrollment
 from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.policy import judge, load_policy
@@ -21,14 +23,20 @@ from silo_agent.custody.roster import approve
 from silo_agent.custody.state import State
 from silo_agent.ledger_cli import ledger_app
 from silo_agent.membership import connect, stand_by
+from silo_agent.preflight import Finding, look_home, look_out
 from wardround import tls
 from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, print_facts
 from wardround.cli import run as run_command_line
-from wardround.errors import PolicyRefusal, SettingsError
+from wardround.errors import PolicyRefusal, SettingsError, WardroundError
+from wardround.kube import ClusterApi
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import load_plan
 from wardround.roster import Member, Roster, changes, parse_roster
+
+if TYPE_CHECKING:
+    from silo_agent.desk import Desk
+    from silo_agent.launch import Helper
 
 app = command_line("One hospital's side of a federation: keeps the keys, guards the data, takes part in rounds.")
 data_app = command_line("Data: what this hospital's studies look like to a plan.")
@@ -56,6 +64,7 @@ def _settings(context: typer.Context) -> Settings:
 def enroll(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="The enrolment file from the coordinator.")],
+    unless_enrolled: Annotated[bool, typer.Option("--unless-enrolled", help="Nothing to do where this silo is enrolled.")] = False,
     json_: Json = False,
 ) -> None:
     """Join the federation. Makes this hospital's keys, which never leave it.
@@ -66,7 +75,11 @@ def enroll(
 
     Then read the eight words to the coordinator by telephone: they name the keys this hospital will sign with.
     """
-    settings, enrollment = _settings(context), read_enrollment(file)
+    settings = _settings(context)
+    if unless_enrolled and (silo := _enrolled(settings)) is not None:
+        print_facts({"enrolled": silo, "next": "silo-agent run"}, json_)
+        return
+    enrollment = read_enrollment(file)
     folder = settings.data / "keys"
     keys = SiloKeys.open(folder) if folder.is_dir() else SiloKeys.create(folder)
     bootstrap = Credentials(enrollment.roots, enrollment.bootstrap_certificate, enrollment.bootstrap_key)
@@ -84,6 +97,75 @@ def enroll(
     print_facts({"enrolled": own.name, "federation": enrollment.federation, "words": own.words, "next": "silo-agent run"}, json_)
 
 
+def _enrolled(settings: Settings) -> str | None:
+    """The silo's name; None before its enrolment came to an end."""
+    database = settings.data / "state.sqlite"
+    silo = State(database).meta("silo") if database.exists() else None
+    return None if silo is None else silo.decode()
+
+
+@app.command()
+def preflight(
+    context: typer.Context,
+    enrolment: Annotated[Path | None, typer.Option(help="The enrolment file, before this silo is enrolled.")] = None,
+    json_: Json = False,
+) -> None:
+    """What stands between this hospital and its federation: one line a hop, ok or FAIL and what to do.
+
+    \b
+    Example:
+      silo-agent preflight --enrolment wardround-st-marys.yaml
+
+    Exit code 1 when something fails. A silo that is enrolled waits for its network: then only what is at home counts.
+    """
+    settings = _settings(context)
+    found, must_hold = list(look_home(settings)), True
+    if _enrolled(settings) is not None:
+        must_hold = False
+        material = SiloKeys.open(settings.data / "keys").tls_material()
+        host, _, port = (State(settings.data / "state.sqlite").meta("target") or b"").decode().rpartition(":")
+        out = look_out(host, int(port), material[0], settings.network.proxy)
+    elif enrolment is None:
+        out = iter([Finding("enrolment", False, "NOT ENROLLED: name the file that the coordinator sent, with --enrolment")])
+    else:
+        try:
+            file = read_enrollment(enrolment)
+        except WardroundError as error:
+            out = iter([Finding("enrolment", False, str(error))])
+        else:
+            found.append(Finding("enrolment", True, f"a token for {file.silo} in {file.federation}"))
+            out = look_out(file.host, file.port, file.roots, settings.network.proxy)
+    home_holds = all(finding.ok for finding in found)
+    found += out
+    if json_:
+        print_facts({"findings": [vars(finding) for finding in found]}, True)
+    else:
+        print("\n".join(map(str, found)))
+    if not home_holds or (must_hold and not all(finding.ok for finding in found)):
+        raise typer.Exit(1)
+
+
+@app.command("desk-secret")
+def desk_secret(name: Annotated[str, typer.Argument(help="NAMESPACE/NAME of the Kubernetes Secret.")], json_: Json = False) -> None:
+    """Make the Secret with which ingest and trainer find the agent, unless it is there. The chart's first Job runs it.
+
+    \b
+    Example:
+      silo-agent desk-secret wardround-silo/silo-agent-desk
+
+    What is made is never read back: the Job may create Secrets, and nothing here may read one.
+    """
+    namespace, _, secret = name.partition("/")
+    body = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": secret, "labels": {"app.kubernetes.io/part-of": "wardround"}},
+        "data": {key: base64.b64encode(value).decode() for key, value in new_secret().items()},
+    }
+    made = ClusterApi.of_this_pod().create(f"/api/v1/namespaces/{namespace}/secrets", body)
+    print_facts({"secret": name, "made": made}, json_)
+
+
 @app.command()
 def run(
     context: typer.Context,
@@ -99,8 +181,6 @@ def run(
     SIGTERM ends after the step at hand; SIGKILL loses nothing either.
     """
     from silo_agent.agent import Agent
-    from silo_agent.desk import Desk
-    from silo_agent.launch.process import MODULES, Helper
     from silo_agent.telemetry import configure, log
 
     configure(log_json)
@@ -111,8 +191,7 @@ def run(
     keys = SiloKeys.open(settings.data / "keys")
     state = State(settings.data / "state.sqlite", keys.audit)
     with tempfile.TemporaryDirectory(prefix="wr-") as folder:  # a Unix socket's name has at most 107 bytes
-        desk = Desk(Path(folder) / "desk")
-        helpers = {program: Helper(program, desk.address) for program in MODULES}
+        desk, helpers = _staff(settings, Path(folder), (state.meta("silo") or b"").decode())
         agent = Agent(settings, policy, keys, state, desk, helpers, seed)
         for number in (signal.SIGTERM, signal.SIGINT):
             # In a thread: a handler that interrupts the loop at the wrong instruction would wait for a lock the loop holds.
@@ -122,9 +201,27 @@ def run(
             agent.run()
         finally:
             for helper in helpers.values():
-                helper.stop()
+                helper.leave()
             desk.close()
             state.close()
+
+
+def _staff(settings: Settings, folder: Path, silo: str) -> "tuple[Desk, dict[str, Helper]]":
+    """The desk and who works at it, by the settings."""
+    from silo_agent.desk import Desk
+    from silo_agent.launch.job import JobHelper, Resident, load_template
+    from silo_agent.launch.process import MODULES, Process
+
+    pods = settings.pods
+    if pods is None:
+        desk = Desk(f"unix:{folder / 'desk'}")
+        return desk, {program: Process(program, desk.address) for program in MODULES}
+    door = Door.open(pods.secret, settings.data / "desk")
+    desk = Desk(pods.listen, door)
+    trainer: Helper = Resident("trainer", desk.silent_s)
+    if pods.job is not None:
+        trainer = JobHelper(ClusterApi.of_this_pod(), load_template(pods.job), silo, door, door.certificate)
+    return desk, {"ingest": Resident("ingest", desk.silent_s), "trainer": trainer}
 
 
 @app.command()
@@ -175,17 +272,21 @@ def data_check(
       silo-agent data check brain-t1
     """
     from silo_agent.desk import Desk
-    from silo_agent.launch.process import Helper
+    from silo_agent.launch.process import Process
     from silo_agent.work import IngestWork
 
     settings = _settings(context)
     binding = settings.dataset(name)
+    if settings.pods is not None:
+        raise SettingsError(
+            "in a cluster only ingest sees the images, and it looks at them when a run begins: see `silo-agent status`"
+        )
     split_key = SiloKeys.open(settings.data / "keys").split_key
     parsed = load_plan(plan) if plan else None
-    work = IngestWork(parsed, binding.source, binding.labels.segments, split_key, settings.data / "snapshots")
+    work = IngestWork(parsed, binding.source, binding.labels.segments, split_key, settings.snapshots)
     with tempfile.TemporaryDirectory(prefix="wr-") as folder, Path(os.devnull).open("w") as nowhere:
-        desk = Desk(Path(folder) / "desk")
-        helper, started, result = Helper("ingest", desk.address, nowhere), time.monotonic(), None
+        desk = Desk(f"unix:{Path(folder) / 'desk'}")
+        helper, started, result = Process("ingest", desk.address, nowhere), time.monotonic(), None
         try:
             work_id = desk.submit(work)
             while result is None:

@@ -79,6 +79,16 @@ class Network(_Part):
     proxy: Proxy | None = None
 
 
+class Pods(_Part):
+    """Helpers as pods of their own, which dial the desk over the network. Absent: child processes on a Unix socket."""
+
+    listen: str = "0.0.0.0:8444"
+    secret: Path
+    """The folder of `silo-agent desk-secret`, as Kubernetes mounts it."""
+    job: Path | None = None
+    """The Job that the agent creates when there is work for a trainer; absent: somebody else keeps one running."""
+
+
 class Settings(_Part):
     """configs/silo-agent.yaml is an example that runs."""
 
@@ -90,6 +100,9 @@ class Settings(_Part):
     roster_approval: Literal["manual", "signed"] = "manual"
     """manual: a new hospital counts only after `silo-agent roster approve`. signed: the operator's signature is enough."""
     network: Network = Network()
+    pods: Pods | None = None
+    snapshots: Path = Path("snapshots")
+    """Where ingest writes and the trainer reads, relative to `data`. The agent only passes the name on."""
 
     def dataset(self, name: str) -> Dataset:
         """Raises DataError that names what is bound here."""
@@ -120,4 +133,18 @@ def load_settings(path: Path) -> Settings:
     network, proxy = settings.network, settings.network.proxy
     if proxy is not None and proxy.login_file is not None:
         network = Network(proxy=proxy.model_copy(update={"login_file": base / proxy.login_file}))
-    return settings.model_copy(update={"data": base / settings.data, "datasets": datasets, "policy": policy, "network": network})
+    pods = settings.pods
+    if pods is not None:
+        job = None if pods.job is None else base / pods.job
+        pods = pods.model_copy(update={"secret": base / pods.secret, "job": job})
+    data = base / settings.data
+    return settings.model_copy(
+        update={
+            "data": data,
+            "datasets": datasets,
+            "policy": policy,
+            "network": network,
+            "pods": pods,
+            "snapshots": data / settings.snapshots,
+        }
+    )

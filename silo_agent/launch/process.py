@@ -10,11 +10,12 @@ MODULES = {"trainer": "silo_agent.training.trainer", "ingest": "silo_agent.imagi
 RESTART_WAIT_S = 1.0  # between two starts of the same program
 
 
-class Helper:
+class Process:
     """One helper program. It gets the desk's address and nothing else: no key, no configuration, no way to the aggregator."""
 
     def __init__(self, program: str, desk_address: str, log: TextIO | None = None) -> None:
         self.program = program
+        self.situation = ""  # what it waits for: a child process waits for nothing
         self._command = [sys.executable, "-m", MODULES[program], "--agent", desk_address]
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -33,6 +34,10 @@ class Helper:
     @property
     def pid(self) -> int | None:
         return None if self._process is None or self._process.poll() is not None else self._process.pid
+
+    def leave(self) -> None:
+        """The agent ends, and its children with it."""
+        self.stop()
 
     def stop(self) -> None:
         """Ask it to end, then end it."""

@@ -15,7 +15,7 @@ from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.policy import load_policy
 from silo_agent.custody.state import State
 from silo_agent.desk import Desk
-from silo_agent.launch.process import Helper
+from silo_agent.launch import Helper
 from silo_agent.membership import connect
 from silo_agent.round import Action, next_row
 from silo_agent.secure_sum.epoch import EpochKeys

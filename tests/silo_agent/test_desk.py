@@ -20,7 +20,7 @@ TRAIN = TrainerWork("train", PLAN, 3, bytes(range(256)) * 10_000, Path("snap"), 
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
-    desk = Desk(tmp_path / "d" / "s")
+    desk = Desk(f"unix:{tmp_path / 'd' / 's'}")
     yield desk
     desk.close()
 

@@ -14,7 +14,7 @@ from silo_agent.agent import Agent
 from silo_agent.client import Client
 from silo_agent.custody.policy import load_policy
 from silo_agent.desk import Desk
-from silo_agent.launch.process import Helper
+from silo_agent.launch import Helper
 from silo_agent.round import next_row
 from silo_agent.run import exponents_of
 from silo_agent.secure_sum.check import control_chunk, upload_coefficients
@@ -55,6 +55,8 @@ def added(uploads: list[bytes]) -> bytes:
 
 class Helpers:
     """The desk, its helpers already done. Never a process."""
+
+    situation = ""
 
     def __init__(self) -> None:
         self.works: list[Any] = []

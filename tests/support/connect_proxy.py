@@ -16,14 +16,14 @@ class ConnectProxy:
     `cut_after` bytes sent out through a tunnel end it, once; `closed` refuses new tunnels and ends the open ones.
     """
 
-    def __init__(self, target: str, login: str | None = None) -> None:
+    def __init__(self, target: str, login: str | None = None, listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
         self.target, self.cut_after = target, 0
         self._expected = None if login is None else b"Basic " + base64.b64encode(login.encode())
         self.tunnels, self.cuts, self.sent_bytes = 0, 0, 0
         self.refusals: list[str] = []
         self._closed = False
         self._open: set[socket.socket] = set()
-        self._server = socket.create_server(("127.0.0.1", 0))
+        self._server = socket.create_server(listen)
         self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 

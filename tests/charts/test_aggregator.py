@@ -1,0 +1,42 @@
+"""The coordinator's chart: who holds the Kubernetes token, who the data, and that its settings are what the program reads."""
+
+from pathlib import Path
+
+import pytest
+
+from aggregator.config import load_settings
+from tests.charts.conftest import SETS, Render, pods
+
+
+@pytest.mark.parametrize("name", [name for name, (chart, _) in SETS.items() if chart == "aggregator"])
+def test_the_program_reads_the_settings_that_the_chart_writes(render: Render, tmp_path: Path, name: str) -> None:
+    objects = render(*SETS[name])
+    data = next(item for item in objects if item["kind"] == "ConfigMap")["data"]
+    (tmp_path / "aggregator.yaml").write_text(data["aggregator.yaml"])
+    settings = load_settings(tmp_path / "aggregator.yaml")
+    assert settings.data == Path("/data/aggregator") and settings.host == "fed.example.org"
+    mlflow = {"aggregator, all off": None, "aggregator, another MLflow": "https://mlflow.example.org"}
+    assert settings.mlflow == mlflow.get(name, "http://mlflow:5000")
+    assert (settings.control is None) is (name == "aggregator, all off")
+
+
+def test_the_operator_holds_the_token_and_the_server_the_data(render: Render) -> None:
+    both = {c["name"]: c for c in dict(pods(render("aggregator", {})))["aggregator"]["spec"]["containers"]}
+    mounts = {name: {mount["name"] for mount in c["volumeMounts"]} for name, c in both.items()}
+    assert "kubernetes-token" in mounts["operator"] and "data" not in mounts["operator"]
+    assert "data" in mounts["aggregator"] and "kubernetes-token" not in mounts["aggregator"]
+
+
+def test_mlflow_knows_the_names_it_is_called_by(render: Render) -> None:
+    values = {"mlflow": {"allowedHosts": ["mlflow.example.org"]}}
+    container = dict(pods(render("aggregator", values)))["mlflow"]["spec"]["containers"][0]
+    hosts = next(a for a in container["args"] if a.startswith("--allowed-hosts=")).partition("=")[2].split(",")
+    assert {"mlflow", "mlflow:5000", "mlflow.wardround.svc:5000", "localhost:*", "127.0.0.1:*", "mlflow.example.org"} <= set(hosts)
+    assert {"--app-name=basic-auth", "--serve-artifacts", "--workers=1"} <= set(container["args"])
+
+
+def test_without_the_operators_key_the_next_command_is_told(helm: object, render: Render) -> None:
+    from tests.charts.conftest import CHARTS
+
+    notes = helm("install", "r", str(CHARTS / "aggregator"), "--dry-run=client").stdout  # type: ignore[operator]
+    assert "NOT ENROLLED" in notes and "--set-file operator.publicKey=operator.pub" in notes

@@ -1,0 +1,279 @@
+"""Three hospitals on a real Kubernetes: installed, run, killed, upgraded and probed. One federation, in the order of the file."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.federation import JOBS, NAMES, NS, PROXIED, Federation, at, trainers_of
+from tests.cluster.kube import CHARTS, RESTRICTED, Failed, Kube
+from tests.support.plans import TINY
+
+pytestmark = pytest.mark.timeout(1500)
+PLAN: dict[str, Any] = yaml.safe_load(TINY) | {"rounds": 4}
+LONG = PLAN | {"name": "long", "rounds": 10}
+
+
+@pytest.fixture(scope="module")
+def kube() -> Kube:
+    log = Path(os.environ.get("WARDROUND_CLUSTER_LOG", "build/cluster.log")).absolute()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("")
+    return Kube(log)
+
+
+@pytest.fixture(scope="module")
+def federation(kube: Kube, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    federation = Federation(kube, tmp_path_factory.mktemp("federation"))
+    federation.prepare()
+    yield federation
+
+
+def test_nine_commands_from_nothing_to_a_roster(federation: Federation, kube: Kube) -> None:
+    federation.install()
+    kube.kubectl("get", "pods", "-A")
+    federation.run("tiny", PLAN)
+    assert federation.commands <= 9
+    rows = kube.kubectl("get", "federationruns,silos", "-n", NS)
+    assert all(name in rows for name in NAMES)
+
+
+def test_key_files_stay_private_on_a_volume_with_a_group(federation: Federation, kube: Kube) -> None:
+    """fsGroup would make them 0660 at a second mount, and both programs refuse such files."""
+    find = "find /data -type f \\( -name '*.key' -o -name '*.pem' \\) -perm /077"
+    for namespace, app in ((NS, "aggregator"), (at(NAMES[0]), "silo-agent")):
+        assert kube.kubectl("exec", f"deploy/{app}", "-c", app, "-n", namespace, "--", "sh", "-c", find) == ""
+
+
+def test_the_run_completes(federation: Federation, kube: Kube) -> None:
+    federation.until_round("tiny", 1, 600)
+    kube.kubectl("get", "federationruns,silos", "-n", NS, "-o", "wide")
+    status = federation.until_completed("tiny", 600)
+    assert status["silos"] == 3 and status["progress"] == "4/4" and status["conditions"][0]["status"] == "True"
+    kube.kubectl("get", "federationruns,silos", "-n", NS, "-o", "wide")
+    kube.kubectl("describe", "federationrun", "tiny", "-n", NS)
+
+
+def test_agents_made_one_job_each(federation: Federation, kube: Kube) -> None:
+    """A trainer stays warm over the rounds, and is gone with the run."""
+    for silo in JOBS:
+        log = kube.kubectl("logs", "deploy/silo-agent", "-c", "silo-agent", "-n", at(silo), quiet=True)
+        assert log.count('"helper started"') == 1, log
+
+
+def test_mlflow_has_rounds_and_lineage(federation: Federation, kube: Kube) -> None:
+    program = (
+        "from mlflow import MlflowClient; c = MlflowClient(); e = c.get_experiment_by_name('neuro/tiny');"
+        "r = c.search_runs([e.experiment_id], filter_string=\"tags.`wardround.run_id` = 'tiny-1'\")[0];"
+        "print(r.info.status, len(c.get_metric_history(r.info.run_id, 'cohort/size')), len(r.inputs.dataset_inputs),"
+        "r.data.tags['wardround.plan_digest'][:7])"
+    )
+    environment = ["env", "MLFLOW_TRACKING_URI=http://mlflow:5000", "python", "-W", "ignore", "-c", program]
+
+    def ready() -> str:
+        return kube.kubectl("exec", "deploy/aggregator", "-c", "aggregator", "-n", NS, "--", *environment)
+
+    kube.until("the run in MLflow", lambda: ready().startswith("FINISHED"), 120)
+    _, rounds, datasets, digest = ready().split()
+    assert int(rounds) >= 4 and int(datasets) == 3 and digest == "sha256:"
+
+
+def test_mlflow_wants_a_login(federation: Federation, kube: Kube) -> None:
+    program = (
+        "import urllib.request as u; u.urlopen('http://mlflow:5000/api/2.0/mlflow/experiments/search?max_results=1', timeout=10)"
+    )
+    with pytest.raises(Failed, match="401"):
+        kube.kubectl("exec", "deploy/aggregator", "-c", "aggregator", "-n", NS, "--", "python", "-c", program)
+
+
+def test_helm_tests_hold(federation: Federation, kube: Kube) -> None:
+    kube.helm("test", "wardround", "-n", NS)
+    kube.helm("test", "silo", "-n", at(NAMES[2]))
+
+
+PROBE = """
+import socket, sys
+for target in sys.argv[1:]:
+    host, _, port = target.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), 3).close()
+        print(target, "open")
+    except OSError as error:
+        print(target, "closed", type(error).__name__)
+"""
+
+
+def probe(kube: Kube, namespace: str, pod: str, *targets: str) -> dict[str, str]:
+    out = kube.kubectl("exec", pod, "-n", namespace, "--", "python3", "-c", PROBE, *targets)
+    return {line.split()[0]: line.split()[1] for line in out.splitlines()}
+
+
+def address(kube: Kube, namespace: str, service: str) -> str:
+    found: str = kube.get("service", service, namespace)["spec"]["clusterIP"]
+    return found
+
+
+def test_policies_hold(federation: Federation, kube: Kube) -> None:
+    """By address, so that a name that is not found proves nothing."""
+    silo = NAMES[2]
+    desk, aggregator = f"{address(kube, at(silo), 'silo-agent')}:8444", f"{address(kube, NS, 'aggregator')}:443"
+    mlflow, api = f"{address(kube, NS, 'mlflow')}:5000", f"{address(kube, 'default', 'kubernetes')}:443"
+    everything = (desk, aggregator, mlflow, api)
+    for app in ("silo-ingest", "silo-trainer"):
+        seen = probe(kube, at(silo), kube.pod(at(silo), app), *everything)
+        assert seen == {desk: "open", aggregator: "closed", mlflow: "closed", api: "closed"}, app
+    seen = probe(kube, at(silo), "deploy/silo-agent", *everything)
+    assert seen[aggregator] == "open" and seen[mlflow] == "closed" and seen[api] == "closed"
+    kube.apply(stranger(at(silo), "stranger"))
+    kube.kubectl("wait", "-n", at(silo), "--for=condition=Ready", "pod/stranger", "--timeout=60s")
+    assert set(probe(kube, at(silo), "stranger", *everything).values()) == {"closed"}
+    kube.kubectl("delete", "pod", "stranger", "-n", at(silo), "--now")
+
+
+def stranger(namespace: str, name: str, **volumes: Any) -> dict[str, Any]:
+    """A pod that nobody invited."""
+    security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    container = {
+        "name": "c", "image": "ghcr.io/wardround/aggregator:0.1.0", "imagePullPolicy": "Never", "command": ["sleep", "600"],
+        "securityContext": security,
+    }  # fmt: skip
+    spec = {
+        "securityContext": {"runAsNonRoot": True, "runAsUser": 10001, "seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [container], "terminationGracePeriodSeconds": 1,
+    }  # fmt: skip
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": namespace}, "spec": spec | volumes}
+
+
+def test_restricted_is_enforced(kube: Kube, federation: Federation) -> None:
+    pod = stranger(at(NAMES[0]), "root")
+    pod["spec"]["securityContext"] = {}
+    with pytest.raises(Failed, match="violates PodSecurity"):
+        kube.apply(pod)
+    assert kube.get("namespace", at(NAMES[0]))["metadata"]["labels"].items() >= RESTRICTED.items()
+
+
+@pytest.mark.parametrize(
+    ("verb", "what", "where", "allowed"),
+    [
+        ("create", "jobs", "train", "yes"),
+        ("get", "secrets", "train", "no"),
+        ("create", "jobs", "home", "no"),
+        ("create", "pods", "home", "no"),
+        ("get", "secrets", "home", "no"),
+        ("list", "persistentvolumeclaims", "home", "no"),
+    ],
+)
+def test_the_agents_token_cannot_reach_the_keys(
+    federation: Federation, kube: Kube, verb: str, what: str, where: str, allowed: str
+) -> None:
+    silo = JOBS[0]
+    account = f"--as=system:serviceaccount:{at(silo)}:silo-agent"
+    try:
+        told = kube.kubectl("auth", "can-i", verb, what, account, "-n", trainers_of(silo) if where == "train" else at(silo))
+    except Failed as failed:
+        told = str(failed)
+    assert re.search(rf"\b{allowed}\b", told)
+
+
+def test_a_job_cannot_mount_the_keys(federation: Federation, kube: Kube) -> None:
+    """A claim is of its namespace: the name of the key volume means nothing where trainers run."""
+    silo = JOBS[0]
+    volumes = {"volumes": [{"name": "keys", "persistentVolumeClaim": {"claimName": "silo-agent-data"}}]}
+    kube.apply(stranger(trainers_of(silo), "thief", **volumes))
+    pod = kube.until("a verdict", lambda: scheduled(kube, trainers_of(silo), "thief"), 60)
+    assert 'persistentvolumeclaim "silo-agent-data" not found' in pod
+    kube.kubectl("delete", "pod", "thief", "-n", trainers_of(silo), "--now")
+
+
+def scheduled(kube: Kube, namespace: str, name: str) -> str:
+    conditions = kube.get("pod", name, namespace).get("status", {}).get("conditions", [])
+    return next((c.get("message", "") for c in conditions if c["type"] == "PodScheduled" and c["status"] == "False"), "")
+
+
+def test_killed_aggregator_agent_and_trainer_mid_round(federation: Federation, kube: Kube) -> None:
+    federation.run("long", LONG)
+    federation.until_round("long", 2)
+    kube.kubectl("delete", "pod", kube.pod(NS, "aggregator"), "-n", NS, "--grace-period=0", "--force")
+    federation.until_round("long", 4)
+    kube.kubectl("delete", "pod", kube.pod(at(PROXIED), "silo-agent"), "-n", at(PROXIED), "--grace-period=0", "--force")
+    federation.until_round("long", 6)
+    trainers = trainers_of(JOBS[1])
+    kube.kubectl("delete", "pod", kube.pod(trainers, "silo-trainer"), "-n", trainers, "--grace-period=0", "--force")
+    status = federation.until_completed("long", 600)
+    assert status["silos"] == 3 and status["progress"] == "10/10"
+    jobs = [job["metadata"]["name"] for job in kube.get("jobs", namespace=trainers_of(PROXIED))]
+    assert len(jobs) <= 2, jobs  # that of the run before, and one of this: the restarted agent adopted it
+
+
+def test_upgrade_and_rollback_mid_run_lose_nothing(federation: Federation, kube: Kube) -> None:
+    federation.run("upgraded", LONG | {"name": "upgraded"})
+    federation.until_round("upgraded", 2)
+    values = federation.aggregator_values() | {"podLabels": {"upgraded": "yes"}}
+    kube.helm("upgrade", "wardround", str(CHARTS / "aggregator"), "-n", NS, "--wait", values=values)
+    silo = federation.silo_values(NAMES[2]) | {"podLabels": {"upgraded": "yes"}}
+    kube.helm("upgrade", "silo", str(CHARTS / "silo-agent"), "-n", at(NAMES[2]), "--wait", values=silo)
+    kube.helm("rollback", "wardround", "1", "-n", NS, "--wait")
+    assert federation.until_completed("upgraded", 600)["progress"] == "10/10"
+
+
+def test_a_gpu_that_no_node_has_is_told_to_it_and_coordinator(federation: Federation, kube: Kube) -> None:
+    silo = JOBS[1]
+    values = federation.silo_values(silo)
+    values["trainer"] = values["trainer"] | {"gpu": {"count": 1}}
+    kube.helm("upgrade", "silo", str(CHARTS / "silo-agent"), "-n", at(silo), "--wait", values=values)
+    federation.run("gpu", PLAN | {"name": "gpu"})
+
+    def told() -> bool:
+        return "Insufficient nvidia.com/gpu" in kube.get("silos", silo, NS).get("status", {}).get("activity", "")
+
+    kube.until("the coordinator to see it", told, 120)
+    assert "Insufficient nvidia.com/gpu" in federation.silo(silo, "status")
+    kube.kubectl("get", "silos", "-n", NS)
+    patch = '[{"op":"add","path":"/status/capacity/nvidia.com~1gpu","value":"1"}]'
+    kube.kubectl("patch", "node", "node1", "--subresource=status", "--type=json", "-p", patch)
+    assert federation.until_completed("gpu", 600)["progress"] == "4/4"
+
+
+def test_a_bad_plan_makes_nothing(federation: Federation, kube: Kube) -> None:
+    federation.run("bad", PLAN | {"name": "bad", "rounds": 0})
+    kube.until("its verdict", lambda: federation.status("bad").get("phase") == "Invalid", 60)
+    assert "rounds" in federation.status("bad")["message"]
+    with pytest.raises(Failed, match="a plan does not change once it is submitted"):
+        federation.run("bad", PLAN | {"name": "bad", "rounds": 1})
+
+
+def test_a_hospital_that_is_not_enrolled_is_told_so(federation: Federation, kube: Kube) -> None:
+    kube.namespace("silo-new")
+    values = {"image": {"pullPolicy": "Never"}, "storage": {"storageClassName": "wr"}, "snapshots": {"storageClassName": "wr"}}
+    kube.volume("new-data", "silo-new", "silo-agent-data", federation._folder("new-data"))
+    kube.helm("install", "silo", str(CHARTS / "silo-agent"), "-n", "silo-new", values=values)
+
+    def told() -> bool:
+        pods = kube.get("pods", namespace="silo-new", selector="app.kubernetes.io/name=silo-agent")
+        return "NOT ENROLLED" in yaml.safe_dump([pod["status"] for pod in pods], width=10_000)
+
+    kube.until("the pod to say so where `kubectl describe` shows it", told, 120)
+
+
+def test_two_releases_in_one_namespace_are_refused(federation: Federation, kube: Kube) -> None:
+    with pytest.raises(Failed, match="invalid ownership metadata"):
+        kube.helm("install", "another", str(CHARTS / "aggregator"), "-n", NS, values=federation.aggregator_values())
+
+
+def test_uninstall_keeps_the_claims(federation: Federation, kube: Kube) -> None:
+    kube.helm("uninstall", "silo", "-n", "silo-new", "--wait")
+    assert {c["metadata"]["name"] for c in kube.get("persistentvolumeclaims", namespace="silo-new")} == {
+        "silo-agent-data",
+        "silo-snapshots",
+    }
+
+
+def test_an_idle_agent_is_small(federation: Federation, kube: Kube) -> None:
+    for silo in NAMES:
+        program = "print(sum(int(l.split()[1]) for l in open('/proc/1/status') if l.startswith('VmRSS')))"
+        out = kube.kubectl("exec", "deploy/silo-agent", "-c", "silo-agent", "-n", at(silo), "--", "python3", "-c", program)
+        assert int(out) < 300_000, f"{silo}: {out} kB"
