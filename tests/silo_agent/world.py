@@ -15,7 +15,7 @@ from silo_agent.client import Client
 from silo_agent.custody.policy import load_policy
 from silo_agent.desk import Desk
 from silo_agent.launch import Helper
-from silo_agent.round import next_row
+from silo_agent.round import Action, next_row
 from silo_agent.run import exponents_of
 from silo_agent.secure_sum.check import control_chunk, upload_coefficients
 from silo_agent.secure_sum.encryption import encrypt, new_secret_key
@@ -119,9 +119,10 @@ class World:
         return next_row(self.state.facts(offer.run), self.agent._offered(offer)).name
 
     def step(self, offer: pb.Offer) -> str:
-        """One row; its name."""
+        """One row; its name. To wait would be to wait for ever."""
         row = next_row(self.state.facts(offer.run), self.agent._offered(offer))
-        self.agent.perform(row, offer)
+        if row.action is not Action.WAIT:
+            self.agent.perform(row, offer)
         return row.name
 
     def steps(self, offer: pb.Offer, *names: str) -> None:
