@@ -121,9 +121,8 @@ def train(
         raise MessageError(f"random_key has {RANDOM_KEY_BYTES} bytes: this one has {len(random_key)}")
     patients = _patients(snapshot)
     parameters = list(network.parameters())
-    return _update(parameters, plan, round, _gradients(network, parameters, plan, snapshot, patients, random_key, device)), len(
-        patients
-    )
+    gradients = _gradients(network, parameters, plan, snapshot, patients, random_key, device)
+    return _update(parameters, plan, round, gradients), len(patients)
 
 
 def train_privately(
