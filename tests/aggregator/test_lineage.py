@@ -26,7 +26,7 @@ from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
 from tests.support.plans import private, tiny
 from wardround.canonical import digest_name
 from wardround.errors import Disconnected, StorageError
-from wardround.plan import UNMASKED
+from wardround.plan import UNBOUNDED, UNMASKED
 
 Seen = Callable[[str], dict[str, Any]]
 SIMULATED = "patients are simulated from one real anatomy"
@@ -308,7 +308,7 @@ def test_more_values_than_one_request_may_carry(client: MlflowClient) -> None:
 
 def test_the_note_is_lines_of_bounded_length() -> None:
     note = note_of(run_view("note", notes=("two\nlines", "x" * 1000), phase=RunPhase.FAILED, reason="reports differ"))
-    assert "- two lines" in note and "failed, 2 of 2 rounds: reports differ" in note and "epsilon is unbounded" in note
+    assert "- two lines" in note and "failed, 2 of 2 rounds: reports differ" in note and UNBOUNDED in note
     assert max(len(line) for line in note.splitlines()) <= lineage.MAX_NOTE_CHARS + 2
 
 
