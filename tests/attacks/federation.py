@@ -39,6 +39,8 @@ assert num_chunks(LAYOUT) == 4, "a control chunk, two full ones to swap, and a r
 class Script:
     """A desk whose trainer and ingest are done already: every silo's update is its own."""
 
+    situation = ""
+
     def __init__(self, number: int) -> None:
         self._number = number
         self._work: Any = None
