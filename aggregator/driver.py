@@ -26,7 +26,7 @@ LEASE_MS = 15_000
 
 
 class Bell:
-    """Rung at every change, from any thread: wakes the driver and every poll."""
+    """`driver` is set at every change, from any thread; the driver looks, decides what there is to decide, and rings the polls."""
 
     def __init__(self) -> None:
         self.driver = threading.Event()
@@ -38,7 +38,7 @@ class Bell:
         self._loop = loop
 
     def ring(self) -> None:
-        self.driver.set()
+        """Wake every poll."""
         if (loop := self._loop) is not None:
             loop.call_soon_threadsafe(self._wake)
 
@@ -99,7 +99,6 @@ class Driver:
             if error.retryable:
                 raise
             self._halt(state.id, f"{row.name}: {error}")
-        self._bell.ring()
         return True
 
     def perform(self, row: Row, state: RunState) -> None:
@@ -190,12 +189,11 @@ class Driver:
         return held
 
     def _look(self) -> None:
-        """Wake the polls when another process (a command line) decided something."""
+        """Wake the polls, once, after whatever was said and decided since the last look: here, by a silo or by a command line."""
         seq = self._store.head().head.seq
         if seq != self._seen:
             self._seen = seq
             self._bell.ring()
-            self._bell.driver.clear()
 
     def _troubled(self, reason: str) -> None:
         """One log line per change of state."""

@@ -22,6 +22,7 @@ from wardround.plan import Plan, parse_plan
 
 __all__ = ["Stale", "Store", "on_fresh_state"]
 Result = TypeVar("Result")
+Said = dict[str, dict[str, pb.Signed]]  # statements by kind and silo, in the order of names
 MAX_TRIES = 200  # of a decision that others keep overtaking
 MAX_SUMS = 8  # per offer
 _runs, _epochs, _attempts = schema.runs.c, schema.epochs.c, schema.attempts.c
@@ -66,7 +67,9 @@ class Store(Members):
             if row is None:
                 return None
             attempt = Attempt.of(row)
-            return attempt, self._state(db, self._run_row(db, attempt.run), attempt)
+            state = self._state(db, self._run_row(db, attempt.run))
+            newest = state.attempt is not None and state.attempt.key == attempt.key
+            return attempt, state if newest else self._read_state(db, self._run_row(db, attempt.run), attempt, state.seq)
 
     def waiting(self, silo: str, run: str, model_round: int) -> Waiting:
         """For a poll: the active run, else the newest ended one that the silo joined, with the sums after its `model_round`."""
@@ -157,12 +160,16 @@ class Store(Members):
 
     def _sums(self, db: sa.Connection, run: str, after: int, limit: int = MAX_SUMS) -> list[Sum]:
         query = sa.select(schema.attempts).where(_attempts.run == run, _attempts.round > after, _attempts.published_ms.is_not(None))
-        found = []
-        for attempt in [Attempt.of(row) for row in db.execute(query.order_by(_attempts.round).limit(limit))]:
-            said = self._said(db, *attempt.key)
-            headers = {silo: said.get("upload", {})[silo] for silo in attempt.u3}
-            found.append(Sum(attempt, headers, said.get("model-report", {})))
-        return found
+        attempts = [Attempt.of(row) for row in db.execute(query.order_by(_attempts.round).limit(limit))]
+        if not attempts:
+            return []
+        found = self._said_in(db, run, attempts[0].round, attempts[-1].round)
+
+        def with_said(attempt: Attempt) -> Sum:
+            said = found[attempt.round, attempt.attempt]
+            return Sum(attempt, {silo: said["upload"][silo] for silo in attempt.u3}, said.get("model-report", {}))
+
+        return [with_said(attempt) for attempt in attempts]
 
     def _epoch(self, db: sa.Connection, run: str) -> Epoch | None:
         """The newest key epoch of a run."""
@@ -182,24 +189,26 @@ class Store(Members):
         """Round of the newest model that a silo without any can restore; 0 the initial one, which every silo rebuilds."""
         return epoch.first_round - 1 if epoch is not None and epoch.statement is not None else 0
 
-    def _said(self, db: sa.Connection, run: str, round_: int, attempt: int) -> dict[str, dict[str, pb.Signed]]:
-        """Statements by kind and silo, in the order of names."""
-        query = sa.select(_statements.message, _statements.silo, _statements.signed).where(
-            _statements.run == run, _statements.round == round_, _statements.attempt == attempt
-        )
-        said: dict[str, dict[str, pb.Signed]] = {}
-        for row in db.execute(query.order_by(_statements.silo)):
-            said.setdefault(row.message, {})[row.silo] = pb.Signed.FromString(row.signed)
-        return said
+    def _said(self, db: sa.Connection, run: str, round_: int, attempt: int) -> Said:
+        """Of an attempt; with round 0 of the run or of a key epoch."""
+        return self._said_in(db, run, round_, round_).get((round_, attempt), {})
 
-    def _state(self, db: sa.Connection, row: sa.Row[Any], attempt: Attempt | None = None) -> RunState:
+    def _said_in(self, db: sa.Connection, run: str, first: int, last: int) -> dict[tuple[int, int], Said]:
+        """Of all attempts of rounds `first` to `last`, by round and attempt, in one query."""
+        names = (_statements.round, _statements.attempt, _statements.message, _statements.silo, _statements.signed)
+        query = sa.select(*names).where(_statements.run == run, _statements.round.between(first, last)).order_by(_statements.silo)
+        found: dict[tuple[int, int], Said] = {}
+        for row in db.execute(query):
+            said = found.setdefault((row.round, row.attempt), {})
+            said.setdefault(row.message, {})[row.silo] = pb.Signed.FromString(row.signed)
+        return found
+
+    def _state(self, db: sa.Connection, row: sa.Row[Any]) -> RunState:
         """Read once per revision: every poll and the driver ask for the same. Only `approved` changes without a decision."""
         seq, known = self._head(db).head.seq, self._newest
-        if attempt is None and known is not None and (known.seq, known.id) == (seq, row.id):
+        if known is not None and (known.seq, known.id) == (seq, row.id):
             return replace(known, approved=self._approved(db, known.joins))
-        state = self._read_state(db, row, attempt, seq)
-        if attempt is None:
-            self._newest = state
+        self._newest = state = self._read_state(db, row, None, seq)
         return state
 
     def _approved(self, db: sa.Connection, joins: Mapping[str, pb.Signed]) -> dict[str, int]:

@@ -56,9 +56,11 @@ class Inbox:
                 request.seen = self.offer.etag
                 answer = client.poll(request)
                 self._attend(client, answer)
-                if not answer.unchanged:
+                if answer.unchanged:
+                    self.offer.message = answer.message  # for people who look
+                else:
                     self.offer = answer
-                    self.changed.set()
+                self.changed.set()
                 failures = 0
                 self._troubled(None)
             except WardroundError as error:

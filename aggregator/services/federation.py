@@ -44,12 +44,12 @@ class Federation(federation_pb2_grpc.FederationServicer):
                 if made.etag != request.seen:
                     return made
                 if left_s <= 0 or self.draining.is_set():
-                    return pb.Offer(etag=made.etag, unchanged=True, head=made.head)
+                    return pb.Offer(etag=made.etag, unchanged=True, head=made.head, message=made.message)
                 await _first(left_s, rung, self.draining)
 
     async def Post(self, request: pb.Signed, context: Any) -> pb.Receipt:
         receipt = await asyncio.to_thread(self._statements.post, CALLER.get(), request)
-        self._bell.ring()
+        self._bell.driver.set()
         return receipt
 
     async def BeginUpload(self, request: pb.Signed, context: Any) -> pb.UploadStatus:
@@ -60,7 +60,7 @@ class Federation(federation_pb2_grpc.FederationServicer):
 
     async def FinishUpload(self, request: pb.UploadTrailer, context: Any) -> pb.Receipt:
         receipt = await asyncio.to_thread(self._transfers.finish, CALLER.get(), request)
-        self._bell.ring()
+        self._bell.driver.set()
         return receipt
 
     async def Get(self, request: pb.GetRequest, context: Any) -> pb.Piece:
@@ -78,7 +78,7 @@ class Federation(federation_pb2_grpc.FederationServicer):
                 f"{PROTOCOL_OLDEST} to {PROTOCOL}: install silo agent {VERSION}"
             )
         if self._store.seen(caller.name, request.software_version, request.activity, request.roster_version, request.head_seq):
-            self._bell.ring()
+            self._bell.driver.set()
 
     def _offer(self, caller: Caller, request: pb.PollRequest) -> pb.Offer:
         waiting = self._store.waiting(caller.name, request.run, request.model_round)

@@ -11,12 +11,13 @@ _IN_COHORT = {"open": pb.OPEN, "sealed": pb.SEALED, "evaluating": pb.EVALUATING}
 
 
 def offer(waiting: Waiting, silo: str, federation: str, message: str) -> pb.Offer:
-    """The offer with its etag, a digest over everything in it but the audit head."""
+    """The offer with its etag, a digest over everything in it that a silo acts on: not the audit head, not the message."""
     state = waiting.state
-    made = pb.Offer(phase=pb.IDLE, message=message) if state is None else _of_run(state, waiting, silo, federation, message)
+    made = pb.Offer(phase=pb.IDLE) if state is None else _of_run(state, waiting, silo, federation)
     made.roster_version = waiting.roster_version
     made.etag = sha256(made.SerializeToString(deterministic=True))
     made.head.CopyFrom(audit_head(waiting.head))
+    made.message = message
     return made
 
 
@@ -24,9 +25,9 @@ def audit_head(head: SignedHead) -> pb.AuditHead:
     return pb.AuditHead(seq=head.head.seq, hash=head.head.hash, signature=head.signature)
 
 
-def _of_run(state: RunState, waiting: Waiting, silo: str, federation: str, message: str) -> pb.Offer:
+def _of_run(state: RunState, waiting: Waiting, silo: str, federation: str) -> pb.Offer:
     phase = _phase(state, silo)
-    made = pb.Offer(phase=phase, run=state.id, plan=state.plan_text, message=message)
+    made = pb.Offer(phase=phase, run=state.id, plan=state.plan_text)
     attempt, epoch = state.attempt, state.epoch
     if phase == pb.KEYING:
         made.facts.CopyFrom(keying_facts(state, federation))

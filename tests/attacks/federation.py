@@ -209,7 +209,7 @@ class Hospitals:
         store, later = self.aggregator.store, 2000 * PLAN.aggregation.deadline_s
         now_ms = store.now_ms
         store.now_ms = lambda: now_ms() + later
-        self.aggregator.server.bell.ring()
+        self.aggregator.server.bell.driver.set()
 
     def put_sum(self, data: bytes) -> tuple[bytes, int]:
         """A sum blob where the aggregator keeps its own."""
