@@ -114,7 +114,7 @@ def _watch(console: Console, federation: Federation, run: str, plan: Plan) -> in
         for total in state["completed"]:
             if total["round"] > shown and "dice" in total["means"]:
                 shown = total["round"]
-                measured = f"model of round {shown - 1:>2}/{plan.rounds}"
+                measured = f"model of round {shown - 1:>3}/{plan.rounds}"
                 console.print(
                     f"  {measured}: validation Dice {total['means']['dice']:.3f}, {len(total['in_sum'])} hospitals in the sum"
                 )
