@@ -19,13 +19,12 @@ from rich.live import Live
 from rich.table import Table
 
 from aggregator.config import Settings, load_settings
-from aggregator.control import check_fits, silo_rows
+from aggregator.control import check_fits, silo_rows, spent
 from aggregator.driver import situation
 from aggregator.folder import Opened
 from aggregator.records import RunState
 from aggregator.store import ENDED, Store
 from aggregator.telemetry import configure
-from wardround.accounting import epsilon_after
 from wardround.cli import Json, command_line, plan_facts, print_facts, run
 from wardround.errors import ConflictError, SettingsError, StorageError
 from wardround.keyfiles import write_secret
@@ -39,7 +38,7 @@ Run = Annotated[str, typer.Argument(help="The run's name, e.g. brain-tissue-1.")
 
 app = command_line("The aggregator of a federation: serve hospitals, submit plans, watch runs, let silos in.")
 plan_app = command_line("Plans: check one, submit one.")
-run_app = command_line("Runs: list, show, watch, abort.")
+run_app = command_line("Runs: list, show, watch, pause, abort.")
 silo_app = command_line("Silos: tokens to enrol with, who is there, whom to stop.")
 roster_app = command_line("The roster: draft what the operator signs, publish what was signed.")
 for name, group in (("plan", plan_app), ("run", run_app), ("silo", silo_app), ("roster", roster_app)):
@@ -231,23 +230,48 @@ def run_abort(context: typer.Context, name: Run, json_: Json = False) -> None:
     print_facts({"run": name, "abort": "requested; the server ends it within seconds"}, json_)
 
 
+@run_app.command("pause")
+def run_pause(
+    context: typer.Context,
+    name: Run,
+    reason: Annotated[str, typer.Argument(help="One sentence, for whoever looks at the run.")],
+    json_: Json = False,
+) -> None:
+    """Open no new round. The one under way ends as usual.
+
+    \b
+    Example:
+      aggregator run pause brain-tissue-1 "leuven moves its scanner until Monday"
+    """
+    if not (told := " ".join(reason.split())):
+        raise SettingsError("the reason is empty: say in one sentence why, for whoever looks at the run")
+    with _opened(context) as opened:
+        opened.store.pause(name, told, _person())
+    print_facts({"run": name, "paused": told, "next": f"aggregator run resume {name}"}, json_)
+
+
+@run_app.command("resume")
+def run_resume(context: typer.Context, name: Run, json_: Json = False) -> None:
+    """Open rounds again after a pause.
+
+    \b
+    Example:
+      aggregator run resume brain-tissue-1
+    """
+    with _opened(context) as opened:
+        opened.store.pause(name, "", _person())
+    print_facts({"run": name, "paused": "no"}, json_)
+
+
 def _summary(state: RunState, now_ms: int) -> dict[str, Any]:
     return {
         "run": state.id,
         "phase": state.phase,
         "round": state.attempt.round if state.attempt else 0,
         "rounds": state.plan.rounds,
-        "epsilon": _epsilon(state),
+        "epsilon": spent(state),
         "situation": situation(state, now_ms),
     }
-
-
-def _epsilon(state: RunState) -> str:
-    """What the run has cost a patient so far, the round under way included."""
-    epsilon = epsilon_after(state.plan, state.attempt.round if state.attempt else 0)
-    if epsilon is None or state.plan.privacy is None:
-        return "unbounded"
-    return f"{epsilon:.2f} of {state.plan.privacy.epsilon:g}"
 
 
 def _details(store: Store, name: str) -> dict[str, Any]:
@@ -315,7 +339,7 @@ def _table(store: Store, state: RunState) -> Table:
         "seal",
         "report",
         "seen",
-        title=f"{situation(state, store.now_ms())}; epsilon {_epsilon(state)}",
+        title=f"{situation(state, store.now_ms())}; epsilon {spent(state)}",
     )
     known = {silo.name: silo for silo in store.silos()}
     for silo in sorted(state.active | state.joins.keys()):

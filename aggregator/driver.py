@@ -214,6 +214,7 @@ def facts_of(state: RunState, now_ms: int) -> Facts:
         joined={silo: cohort.join_agreement(joins[silo]) for silo in ready},
         refused=frozenset(state.refusals) & state.active,
         abort_requested=state.abort_requested,
+        paused=bool(state.paused),
         halted=frozenset(state.halts),
         epoch_due=cohort.epoch_due(state),
         epoch_cohort=frozenset(epoch.cohort) if epoch else frozenset(),
@@ -240,6 +241,13 @@ def situation(state: RunState, now_ms: int) -> str:
     if state.phase not in ("pending", "running"):
         return f"{state.id} has {state.phase}" + (f": {state.reason}" if state.reason else "")
     facts = facts_of(state, now_ms)
+    told = _moving(state, facts)
+    if not state.paused:
+        return told
+    return f"paused: {state.paused}" + ("" if facts.between else f"; before that, {told}")
+
+
+def _moving(state: RunState, facts: Facts) -> str:
     who = ", ".join(sorted(facts.waiting_for)) or "nobody"
     if facts.run is RunPhase.PENDING:
         blocked = "; ".join(cohort.unapproved(state).values())

@@ -113,6 +113,7 @@ runs = Table(
     _text("phase", "of round.RunPhase"),
     _text("reason", "why it ended, for people", null=True),
     _int("abort_requested", "0 or 1"),
+    _text("paused", "why no new round opens, for people", null=True),
     _int("cap", "patients: the largest declared at the start, fixed for the run", null=True),
     _int("roster_version", "newest at submission; rounds use it or a newer one"),
     _text("submitted_by", "account of the person who submitted it"),

@@ -118,8 +118,10 @@ class Agent:
 
     def _wait(self, row: Row, offer: pb.Offer) -> None:
         """Until there is another offer or other trouble."""
-        trouble = self.inbox.trouble
-        if trouble is None:
+        trouble, paused = self.inbox.trouble, self.state.paused()
+        if trouble is None and paused:
+            self._be("paused", paused)
+        elif trouble is None:
             self._be("waiting", offer.message or row.name)
         else:
             self._be("disconnected" if isinstance(trouble, Disconnected) else "refused", str(trouble))

@@ -64,6 +64,7 @@ def upgrade() -> None:
         sa.Column("phase", sa.Text(), nullable=False, comment="of round.RunPhase"),
         sa.Column("reason", sa.Text(), nullable=True, comment="why it ended, for people"),
         sa.Column("abort_requested", sa.BigInteger(), autoincrement=False, nullable=False, comment="0 or 1"),
+        sa.Column("paused", sa.Text(), nullable=True, comment="why no new round opens, for people"),
         sa.Column(
             "cap",
             sa.BigInteger(),

@@ -94,6 +94,17 @@ def test_abort_is_seen_by_the_server_and_watch_says_it_failed(aggregator: TestAg
     assert code == 1 and json.loads(out.splitlines()[-1])["situation"] == "tiny-1 has aborted: the coordinator aborted it"
 
 
+def test_pause_with_a_reason_and_resume(aggregator: TestAggregator, command: Any) -> None:
+    silos = aggregator.hospitals()
+    name = aggregator.submit(tiny())
+    at("open", aggregator, silos)
+    assert command("run", "pause", name, " ")[2].startswith("error (settings): the reason is empty")
+    assert command("run", "pause", name, "the scanner\nmoves")[0] == 0
+    assert "paused: the scanner moves; before that, round 1 of 2 waits" in command("run", "show", name)[1]
+    assert json.loads(command("run", "resume", name, "--json")[1]) == {"run": name, "paused": "no"}
+    assert "paused" not in json.loads(command("run", "show", name, "--json")[1])["situation"]
+
+
 def test_silos_and_their_tokens(aggregator: TestAggregator, command: Any, tmp_path: Path) -> None:
     aggregator.hospitals(("charite",))
     assert command("silo", "token", "leuven", "Bad_Name")[2].startswith("error (settings): a silo's name has lower-case letters")
@@ -114,7 +125,11 @@ def test_a_roster_that_nobody_signed(aggregator: TestAggregator, command: Any, t
 
 
 def test_every_command_has_an_example(command: Any) -> None:
-    groups = {"plan": ("check", "submit"), "run": ("list", "show", "watch", "abort"), "silo": ("token", "list", "revoke")}
+    groups = {
+        "plan": ("check", "submit"),
+        "run": ("list", "show", "watch", "pause", "resume", "abort"),
+        "silo": ("token", "list", "revoke"),
+    }
     for group, commands in (groups | {"roster": ("draft", "publish")}).items():
         for one in commands:
             assert "Example:\n    aggregator" in command(group, one, "--help")[1]

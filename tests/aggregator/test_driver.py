@@ -18,7 +18,7 @@ from tests.support.fake_silo import FakeSilo
 from tests.support.identities import OPERATOR
 from tests.support.plans import tiny
 from wardround.audit import verify_file
-from wardround.errors import StorageError
+from wardround.errors import SettingsError, StorageError
 from wardround.pb import federation_pb2 as pb
 from wardround.roster import propose, sign_roster
 
@@ -52,6 +52,32 @@ def test_a_run_waits_for_its_silos_and_says_for_whom(aggregator: TestAggregator)
     assert situation(aggregator.store.run(run), 0) == "tiny-1 waits until leuven joins"
     assert silos[0].poll().message == "tiny-1 waits until leuven joins"
     assert aggregator.store.run(run).phase == "pending"
+
+
+def test_a_paused_run_ends_its_round_and_opens_no_other_until_it_is_resumed(aggregator: TestAggregator) -> None:
+    silos = aggregator.hospitals()
+    run = aggregator.submit(tiny())
+    at("open", aggregator, silos)
+    aggregator.store.pause(run, "the scanner moves", "tester")
+    aggregator.store.pause(run, "the scanner moves", "tester")  # said twice, decided once
+    assert situation(aggregator.store.run(run), 0).startswith(
+        "paused: the scanner moves; before that, round 1 of 2 waits for uploads"
+    )
+    for silo in silos:
+        silo.uploads = True
+    until(lambda: phase_of(aggregator, run) == (1, 1, "completed"), silos)
+    for _ in range(5):
+        aggregator.server.bell.driver.set()
+        for silo in silos:
+            silo.step()
+    assert phase_of(aggregator, run) == (1, 1, "completed")
+    assert situation(aggregator.store.run(run), 0) == "paused: the scanner moves"
+    aggregator.store.pause(run, "", "tester")
+    until(lambda: aggregator.store.run(run).phase == "completed", silos)
+    kinds = [row.kind for row in records(aggregator) if row.kind in ("run-paused", "run-resumed")]
+    assert kinds == ["run-paused", "run-resumed"]
+    with pytest.raises(SettingsError, match="has ended already"):
+        aggregator.store.pause(run, "too late", "tester")
 
 
 def test_past_the_deadline_it_goes_on_with_enough(aggregator: TestAggregator, later: Callable[[float], None]) -> None:

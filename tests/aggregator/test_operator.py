@@ -113,6 +113,28 @@ def test_stopped_and_deleted_objects_stop_their_runs(aggregator: TestAggregator,
     until(lambda: aggregator.store.run("tiny-2").phase == "aborted")
 
 
+def test_a_paused_object_pauses_its_run_and_ends_no_pause_but_its_own(aggregator: TestAggregator, cluster: Cluster) -> None:
+    silos = aggregator.hospitals()
+    cluster.apply("tiny", TINY_PLAN, state="Paused")
+    cluster.operator.reconcile()
+    assert cluster.status("tiny")["phase"] == "Paused" and cluster.status("tiny")["epsilon"] == "unbounded"
+    for _ in range(5):
+        for silo in silos:
+            silo.step()
+    assert aggregator.store.run("tiny-1").attempt is None
+    spec = cluster.kube.objects[f"{BASE}/federationruns/tiny"]["spec"]
+    spec["state"] = "Running"
+    cluster.operator.reconcile()
+    assert aggregator.store.run("tiny-1").paused == ""
+    aggregator.store.pause("tiny-1", "the scanner moves", "coordinator")
+    status = cluster.status("tiny")
+    assert (status["phase"], status["message"]) == ("Paused", "paused: the scanner moves")
+    assert aggregator.store.run("tiny-1").paused == "the scanner moves"
+    aggregator.store.pause("tiny-1", "", "coordinator")
+    until(lambda: aggregator.store.run("tiny-1").phase == "completed", silos)
+    assert cluster.status("tiny")["phase"] == "Completed"
+
+
 def test_runs_of_the_command_line_are_left_alone(aggregator: TestAggregator, cluster: Cluster) -> None:
     aggregator.hospitals()
     from wardround.plan import parse_plan
