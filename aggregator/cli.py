@@ -4,6 +4,7 @@ import base64
 import getpass
 import io
 import secrets
+import sqlite3
 import sys
 import tarfile
 import time
@@ -41,7 +42,8 @@ plan_app = command_line("Plans: check one, submit one.")
 run_app = command_line("Runs: list, show, watch, pause, abort.")
 silo_app = command_line("Silos: tokens to enrol with, who is there, whom to stop.")
 roster_app = command_line("The roster: draft what the operator signs, publish what was signed.")
-for name, group in (("plan", plan_app), ("run", run_app), ("silo", silo_app), ("roster", roster_app)):
+audit_app = command_line("The audit chain: every decision, in order, signed.")
+for name, group in (("plan", plan_app), ("run", run_app), ("silo", silo_app), ("roster", roster_app), ("audit", audit_app)):
     app.add_typer(group, name=name)
 
 
@@ -468,6 +470,30 @@ def roster_publish(
     with _opened(context) as opened:
         roster = opened.store.publish_roster(file.read().strip())
     print_facts({"version": roster.version, "digest": "sha256:" + roster.digest.hex(), "active": sorted(roster.active())}, json_)
+
+
+# --- the audit chain -------------------------------------------------------------------------------------------------------------
+
+
+@audit_app.command("export")
+def audit_export(
+    context: typer.Context, file: Annotated[Path, typer.Argument(help="A new SQLite file.")], json_: Json = False
+) -> None:
+    """Write the audit chain to a file of its own, for whoever is to verify it elsewhere; also where the store is PostgreSQL.
+
+    \b
+    Example:
+      aggregator audit export audit.sqlite
+      wardround audit verify audit.sqlite --head-from st-marys.sqlite
+    """
+    with _opened(context) as opened:
+        try:
+            records = opened.store.export_audit(file)
+        except FileExistsError:
+            raise ConflictError(f"there is a file {file.name} already: move it away, or name another") from None
+        except (OSError, sqlite3.Error):
+            raise StorageError(f"{file.name} cannot be written: check its folder, and the space on its disk") from None
+    print_facts({"file": file.name, "records": records}, json_)
 
 
 def _print_rows(title: str, rows: list[dict[str, Any]], as_json: bool, columns: tuple[str, ...]) -> None:

@@ -263,8 +263,8 @@ def test_killed_at_every_row_it_goes_on_and_counts_nothing_twice(
     kinds = [one.kind for one in records(aggregator)]
     assert [kinds.count(one) for one in ("sum-published", "round-completed", "upload-accepted", "run-completed")] == [3, 3, 9, 1]
     assert [one.attempt.attempt for one in aggregator.store.sums(run)] == [1, 1, 1]
-    aggregator.stop()
-    assert verify_file(aggregator.settings.data / "aggregator.sqlite")[0] is not None
+    file = aggregator.settings.data / "audit.sqlite"
+    assert aggregator.store.export_audit(file) == len(kinds) and verify_file(file)[0] is not None
 
 
 def test_a_decision_on_what_is_no_longer_so_is_not_written(aggregator: TestAggregator) -> None:
