@@ -106,12 +106,10 @@ def test_postgresql_commits_wait_for_the_disk_and_reads_see_one_instant(server: 
 
 
 def test_text_sorts_by_its_bytes_in_postgresql_too(server: PostgreSQL) -> None:
-    """Whatever the collation of the database: the cohort's order is in ctx. (This build has no dictionary's order to try it with.)"""
+    """Whatever the collation of the database: the cohort's order is in ctx. (This build knows no other.)"""
     with closing(Database.open(NOWHERE, server.fresh())) as database, database.read() as db:
-        columns = (
-            "SELECT table_name, collation_name FROM information_schema.columns WHERE table_schema = 'public' AND data_type = 'text'"
-        )
-        seen = {(row.table_name, row.collation_name) for row in db.exec_driver_sql(columns)}
+        texts = "information_schema.columns WHERE table_schema = 'public' AND data_type = 'text'"
+        seen = {(row[0], row[1]) for row in db.exec_driver_sql(f"SELECT table_name, collation_name FROM {texts}")}
     holds_text = {table.name for table in schema.metadata.tables.values() if any(c.type is schema.TEXT for c in table.columns)}
     assert seen == {(name, "C") for name in holds_text} and len(seen) == 10
 

@@ -36,6 +36,7 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "operator": {"publicKey": "k"},
             "monitoring": {"serviceMonitor": True},
+            "database": {"existingSecret": "store"},
             "network": {"prometheus": [{"namespaceSelector": {}}]},
             "kubernetesApi": {"researchers": [{"kind": "Group", "name": "r", "apiGroup": "rbac.authorization.k8s.io"}]},
         },

@@ -40,3 +40,14 @@ def test_without_the_operators_key_the_next_command_is_told(helm: object, render
 
     notes = helm("install", "r", str(CHARTS / "aggregator"), "--dry-run=client").stdout  # type: ignore[operator]
     assert "NOT ENROLLED" in notes and "--set-file operator.publicKey=operator.pub" in notes
+
+
+def test_postgresql_by_the_name_of_a_secret(render: Render) -> None:
+    """Its address holds a password: no template, no release and no ConfigMap does. The operator container does not get it."""
+    objects = render("aggregator", {"database": {"existingSecret": "store", "port": 5433}})
+    both = {c["name"]: c for c in dict(pods(objects))["aggregator"]["spec"]["containers"]}
+    wanted = {"name": "WARDROUND_AGGREGATOR_DATABASE", "valueFrom": {"secretKeyRef": {"name": "store", "key": "url"}}}
+    assert wanted in both["aggregator"]["env"] and "env" not in both["operator"]
+    (policy,) = (item for item in objects if item["metadata"]["name"] == "aggregator-to-database")
+    assert policy["spec"]["egress"] == [{"ports": [{"port": 5433, "protocol": "TCP"}]}]
+    assert not [item for item in render("aggregator", {}) if item["metadata"]["name"] == "aggregator-to-database"]
