@@ -20,8 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from aggregator.config import Settings, load_settings
-from aggregator.control import check_fits, silo_rows, spent
-from aggregator.driver import situation
+from aggregator.control import check_fits, silo_rows, spent, standing
 from aggregator.folder import Opened
 from aggregator.records import RunState
 from aggregator.store import ENDED, Store
@@ -187,8 +186,7 @@ def run_list(context: typer.Context, json_: Json = False) -> None:
       aggregator run list
     """
     with _opened(context) as opened:
-        now = opened.store.now_ms()
-        rows = [_summary(state, now) for state in opened.store.runs()]
+        rows = [_summary(state, opened.store) for state in opened.store.runs()]
     _print_rows("runs", rows, json_, ("run", "phase", "round", "rounds", "epsilon", "situation"))
 
 
@@ -265,14 +263,14 @@ def run_resume(context: typer.Context, name: Run, json_: Json = False) -> None:
     print_facts({"run": name, "paused": "no"}, json_)
 
 
-def _summary(state: RunState, now_ms: int) -> dict[str, Any]:
+def _summary(state: RunState, store: Store) -> dict[str, Any]:
     return {
         "run": state.id,
         "phase": state.phase,
         "round": state.attempt.round if state.attempt else 0,
         "rounds": state.plan.rounds,
         "epsilon": spent(state),
-        "situation": situation(state, now_ms),
+        "situation": standing(state, store),
     }
 
 
@@ -285,7 +283,7 @@ def _details(store: Store, name: str) -> dict[str, Any]:
         rounds.append(
             {"round": total.attempt.round, "in_sum": list(total.attempt.u3), "reported": sorted(total.reports), "means": means}
         )
-    return _summary(state, store.now_ms()) | {
+    return _summary(state, store) | {
         "plan_digest": "sha256:" + state.plan.digest.hex(),
         "submitted_by": state.submitted_by,
         "submitted": _when(state.created_ms),
@@ -311,7 +309,7 @@ def _watch_lines(store: Store, name: str, as_json: bool) -> str:
     last = ""
     while True:
         state = store.run(name)
-        summary = _summary(state, store.now_ms())
+        summary = _summary(state, store)
         if summary["situation"] != last:
             last = summary["situation"]
             print_facts(summary, True) if as_json else print(last)
@@ -341,7 +339,7 @@ def _table(store: Store, state: RunState) -> Table:
         "seal",
         "report",
         "seen",
-        title=f"{situation(state, store.now_ms())}; epsilon {spent(state)}",
+        title=f"{standing(state, store)}; epsilon {spent(state)}",
     )
     known = {silo.name: silo for silo in store.silos()}
     for silo in sorted(state.active | state.joins.keys()):

@@ -77,8 +77,20 @@ def spent(state: RunState) -> str:
     return f"{epsilon:.2f} of {state.plan.privacy.epsilon:g}"
 
 
-def run_row(state: RunState, now_ms: int) -> dict[str, Any]:
+def standing(state: RunState, store: Store) -> str:
+    """Where a run stands, and what those it waits for say of themselves when it is not their work."""
+    now_ms = store.now_ms()
+    told = situation(state, now_ms)
+    awaited = frozenset() if state.phase in ENDED else facts_of(state, now_ms).waiting_for
+    said = {silo.name: silo.activity for silo in store.silos() if silo.name in awaited}
+    return "; ".join(
+        [told, *(f"{name}: {word}" for name, word in said.items() if word.startswith(("queued", "paused", "troubled")))]
+    )
+
+
+def run_row(state: RunState, store: Store) -> dict[str, Any]:
     """What the operator mirrors of a run."""
+    now_ms = store.now_ms()
     facts = facts_of(state, now_ms)
     refusals = {silo: pb.Refusal.FromString(signed.body).reason for silo, signed in state.refusals.items()}
     return {
@@ -92,7 +104,7 @@ def run_row(state: RunState, now_ms: int) -> dict[str, Any]:
         "joined": sorted(state.joins),
         "waiting_for": [] if state.phase in ENDED else sorted(facts.waiting_for),
         "refused": [f"{silo}: {reason}" for silo, reason in sorted(refusals.items())],
-        "situation": situation(state, now_ms),
+        "situation": standing(state, store),
         "plan_digest": "sha256:" + state.plan.digest.hex(),
     }
 
@@ -111,8 +123,7 @@ class _Handler(socketserver.StreamRequestHandler):
 
 def _answer(store: Store, asked: dict[str, Any]) -> dict[str, Any]:
     if asked["do"] == "look":
-        now = store.now_ms()
-        return {"runs": [run_row(state, now) for state in store.runs()], "silos": silo_rows(store)}
+        return {"runs": [run_row(state, store) for state in store.runs()], "silos": silo_rows(store)}
     if asked["do"] == "submit":
         by = str(asked["by"])
         if done := [state.id for state in store.runs() if state.submitted_by == by]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import yaml
 
 from silo_agent.telemetry import log
+from wardround.canonical import canonical_json, sha256
 from wardround.errors import Disconnected, SettingsError
 from wardround.kube import Api, Object
 
@@ -21,6 +22,7 @@ RESTART_WAIT_S = 10.0  # between two Jobs: one that fails at once must not fill 
 LOOK_S = 5.0  # between two looks at a Job that is not running yet
 MAX_MESSAGE_CHARS = 300  # of what Kubernetes says
 SILENT_S = 60.0  # a resident helper asks at least every 20 s
+MADE_FROM = "wardround.org/template"  # the annotation with the digest of the Job's template
 CANNOT_PULL = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
 
 
@@ -59,6 +61,7 @@ class JobHelper:
         self._jobs = f"/apis/batch/v1/namespaces/{namespace}/jobs"
         self._pods = f"/api/v1/namespaces/{namespace}/pods"
         self._events = f"/api/v1/namespaces/{namespace}/events"
+        self._made_from = sha256(canonical_json(template)).hex()
         self._started = self._looked = -RESTART_WAIT_S
         self.situation = ""
 
@@ -71,7 +74,12 @@ class JobHelper:
         try:
             job = self._api.get(f"{self._jobs}/{self._name}") if self._leases.lease else None
             if job is not None and not _over(job):
-                self._say(_waiting_for(job, self._newest_pod(), self._warning))
+                waits = _waiting_for(job, self._newest_pod(), self._warning)
+                if waits and job["metadata"].get("annotations", {}).get(MADE_FROM, self._made_from) != self._made_from:
+                    self._api.delete(f"{self._jobs}/{self._name}")  # it waits for what the hospital has changed since
+                    waits = "its settings changed while it waited; starting another"
+                    self._started = now
+                self._say(waits)
                 return False
             if job is not None and _over(job) == "Failed":
                 self._say(f"the last trainer ended: {_why_ended(self._newest_pod())}; starting another")
@@ -99,7 +107,7 @@ class JobHelper:
 
     def _manifest(self) -> Object:
         job = copy.deepcopy(self._template)
-        job["metadata"]["name"] = self._name
+        job["metadata"] |= {"name": self._name, "annotations": {MADE_FROM: self._made_from}}
         container = job["spec"]["template"]["spec"]["containers"][0]
         container["env"] = [
             *container["env"],

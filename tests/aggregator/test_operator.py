@@ -135,6 +135,16 @@ def test_a_paused_object_pauses_its_run_and_ends_no_pause_but_its_own(aggregator
     assert cluster.status("tiny")["phase"] == "Completed"
 
 
+def test_what_an_awaited_hospital_says_of_itself_is_in_the_message(aggregator: TestAggregator, cluster: Cluster) -> None:
+    aggregator.hospitals()
+    cluster.apply("tiny", TINY_PLAN)
+    cluster.operator.reconcile()
+    aggregator.store.seen("leuven", "0.1.0", "queued its image cannot be pulled", 1, 0)
+    aggregator.store.seen("charite", "0.1.0", "snapshot tiny-1", 1, 0)
+    status = cluster.status("tiny")
+    assert status["message"] == "tiny-1 waits until charite, leuven, st-marys join; leuven: queued its image cannot be pulled"
+
+
 def test_runs_of_the_command_line_are_left_alone(aggregator: TestAggregator, cluster: Cluster) -> None:
     aggregator.hospitals()
     from wardround.plan import parse_plan

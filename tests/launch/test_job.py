@@ -1,5 +1,6 @@
 """The trainer as a Job: never two, whoever dies when; and what a pod waits for is told apart."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,23 @@ def test_a_job_that_is_over_gets_a_successor_with_another_token(door: Door) -> N
         over(kube, door.lease, how)
         assert helper.ensure()
     assert door.lease == 3 and door.lease_token(3) != door.lease_token(1)
+
+
+def test_a_job_that_waits_for_what_was_changed_since_is_replaced_and_one_at_work_is_not(door: Door) -> None:
+    """IT mends a misspelt image: the agent starts anew with another template, and its Job of before would wait for ever."""
+    kube = FakeKube()
+    agent(kube, door).ensure()
+    pod(kube, phase="Pending", containerStatuses=[{"state": {"waiting": {"reason": "ImagePullBackOff"}}}])
+    mended = copy.deepcopy(TEMPLATE)
+    mended["spec"]["template"]["spec"]["containers"][0]["image"] = "there"
+    helper = JobHelper(kube, mended, "leuven", door, b"PEM")
+    helper.ensure()
+    assert not [path for path in kube.objects if path.startswith(JOBS)] and "settings changed" in helper.situation
+    assert helper.ensure() and [path for path in kube.objects if path.startswith(JOBS)] == [f"{JOBS}/wr-leuven-2"]
+    pod(kube, phase="Running")
+    kube.objects[f"{PODS}/p"]["metadata"]["labels"]["job-name"] = "wr-leuven-2"
+    again = agent(kube, door)  # the first template once more
+    assert not again.ensure() and again.situation == "" and f"{JOBS}/wr-leuven-2" in kube.objects
 
 
 def test_stop_frees_the_gpu_and_leave_does_not(door: Door) -> None:
