@@ -15,7 +15,7 @@ from aggregator.fold import FoldProcess
 from aggregator.records import Attempt, RunState
 from aggregator.round import Action, Facts, Phase, Row, RunPhase, next_row
 from aggregator.store import Stale, Store, on_fresh_state
-from aggregator.telemetry import ROUNDS, RUNS_ENDED, log
+from aggregator.telemetry import MOVING, ROUNDS, RUNS_ENDED, log
 from wardround.chunks import num_chunks
 from wardround.errors import StorageError, WardroundError
 from wardround.layout import layout_of
@@ -193,6 +193,8 @@ class Driver:
         seq = self._store.head().head.seq
         if seq != self._seen:
             self._seen = seq
+            state = self._store.active_run()
+            MOVING.set(state is not None and state.phase == RunPhase.RUNNING.value and not state.paused)
             self._bell.ring()
 
     def _troubled(self, reason: str) -> None:

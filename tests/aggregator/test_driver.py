@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import structlog
+from prometheus_client import REGISTRY
 
 from aggregator import driver as module
 from aggregator.driver import Bell, Driver, facts_of, situation
@@ -72,7 +73,9 @@ def test_a_paused_run_ends_its_round_and_opens_no_other_until_it_is_resumed(aggr
             silo.step()
     assert phase_of(aggregator, run) == (1, 1, "completed")
     assert situation(aggregator.store.run(run), 0) == "paused: the scanner moves"
+    until(lambda: REGISTRY.get_sample_value("wardround_runs_moving") == 0)  # nobody is to be woken for it
     aggregator.store.pause(run, "", "tester")
+    until(lambda: REGISTRY.get_sample_value("wardround_runs_moving") == 1, silos)
     until(lambda: aggregator.store.run(run).phase == "completed", silos)
     kinds = [row.kind for row in records(aggregator) if row.kind in ("run-paused", "run-resumed")]
     assert kinds == ["run-paused", "run-resumed"]
