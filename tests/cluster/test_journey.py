@@ -140,6 +140,25 @@ def test_policies_hold(federation: Federation, kube: Kube) -> None:
     kube.kubectl("delete", "pod", "stranger", "-n", at(silo), "--now")
 
 
+def test_policies_hold_where_trainers_are_jobs_and_at_the_coordinator(federation: Federation, kube: Kube) -> None:
+    """What calls itself a trainer reaches its own hospital's desk; whoever does not, nothing; and mlflow calls nobody."""
+    silo = JOBS[0]
+    desks = {name: f"{address(kube, at(name), 'silo-agent')}:8444" for name in NAMES}
+    aggregator, mlflow = f"{address(kube, NS, 'aggregator')}:443", f"{address(kube, NS, 'mlflow')}:5000"
+    api, metrics = f"{address(kube, 'default', 'kubernetes')}:443", f"{address(kube, NS, 'aggregator')}:9464"
+    everything = (*desks.values(), aggregator, mlflow, api, metrics)
+    trainer = stranger(trainers_of(silo), "trainer")
+    trainer["metadata"]["labels"] = {"app.kubernetes.io/name": "silo-trainer"}
+    places = ((trainers_of(silo), "trainer"), (trainers_of(silo), "stranger"), (NS, "stranger"))
+    kube.apply(trainer, *(stranger(namespace, name) for namespace, name in places[1:]))
+    for namespace, name in places:
+        kube.kubectl("wait", "-n", namespace, "--for=condition=Ready", f"pod/{name}", "--timeout=60s")
+        seen = probe(kube, namespace, name, *everything)
+        assert {target for target, how in seen.items() if how == "open"} == ({desks[silo]} if name == "trainer" else set()), name
+        kube.kubectl("delete", "pod", name, "-n", namespace, "--now")
+    assert set(probe(kube, NS, kube.pod(NS, "mlflow"), *everything).values()) == {"closed"}
+
+
 def stranger(namespace: str, name: str, **volumes: Any) -> dict[str, Any]:
     """A pod that nobody invited."""
     security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
