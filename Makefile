@@ -38,9 +38,7 @@ test: setup
 	.venv/bin/python -m pytest
 
 test-cluster: setup
-	scripts/cluster up
-	scripts/cluster images
-	WARDROUND_CLUSTER=1 .venv/bin/python -m pytest -x -v tests/cluster; code=$$?; scripts/cluster down; exit $$code
+	scripts/cluster test
 
 check: setup
 	scripts/check

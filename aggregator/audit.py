@@ -1,6 +1,9 @@
 """The audit chain inside the store: appended in the same transaction as the decision it records."""
 
+import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -37,3 +40,13 @@ def record(connection: sa.Connection, key: Ed25519PrivateKey, time_ms: int, kind
     if "run" in body:
         connection.execute(sa.update(schema.runs).where(schema.runs.c.id == body["run"]).values(audit_seq=new.seq))
     return new.seq
+
+
+def export(connection: sa.Connection, file: Path) -> int:
+    """The chain and its public key as a new SQLite file, which `wardround audit verify` reads anywhere; how many records."""
+    with file.open("xb"), closing(sqlite3.connect(file)) as out, out:
+        out.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL)")
+        out.execute("CREATE TABLE audit (seq INTEGER PRIMARY KEY, time_ms INTEGER, kind, body, previous, hash, signature)")
+        out.executemany("INSERT INTO meta VALUES (?, ?)", map(tuple, connection.execute(sa.select(schema.meta))))
+        rows = connection.execution_options(yield_per=1000).execute(sa.select(schema.audit).order_by(_audit.seq))
+        return out.executemany("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?)", map(tuple, rows)).rowcount

@@ -4,6 +4,7 @@ import base64
 import getpass
 import io
 import secrets
+import sqlite3
 import sys
 import tarfile
 import time
@@ -19,13 +20,11 @@ from rich.live import Live
 from rich.table import Table
 
 from aggregator.config import Settings, load_settings
-from aggregator.control import check_fits, silo_rows
-from aggregator.driver import situation
+from aggregator.control import check_fits, silo_rows, spent, standing
 from aggregator.folder import Opened
 from aggregator.records import RunState
 from aggregator.store import ENDED, Store
 from aggregator.telemetry import configure
-from wardround.accounting import epsilon_after
 from wardround.cli import Json, command_line, plan_facts, print_facts, run
 from wardround.errors import ConflictError, SettingsError, StorageError
 from wardround.keyfiles import write_secret
@@ -39,10 +38,11 @@ Run = Annotated[str, typer.Argument(help="The run's name, e.g. brain-tissue-1.")
 
 app = command_line("The aggregator of a federation: serve hospitals, submit plans, watch runs, let silos in.")
 plan_app = command_line("Plans: check one, submit one.")
-run_app = command_line("Runs: list, show, watch, abort.")
+run_app = command_line("Runs: list, show, watch, pause, abort.")
 silo_app = command_line("Silos: tokens to enrol with, who is there, whom to stop.")
 roster_app = command_line("The roster: draft what the operator signs, publish what was signed.")
-for name, group in (("plan", plan_app), ("run", run_app), ("silo", silo_app), ("roster", roster_app)):
+audit_app = command_line("The audit chain: every decision, in order, signed.")
+for name, group in (("plan", plan_app), ("run", run_app), ("silo", silo_app), ("roster", roster_app), ("audit", audit_app)):
     app.add_typer(group, name=name)
 
 
@@ -186,8 +186,7 @@ def run_list(context: typer.Context, json_: Json = False) -> None:
       aggregator run list
     """
     with _opened(context) as opened:
-        now = opened.store.now_ms()
-        rows = [_summary(state, now) for state in opened.store.runs()]
+        rows = [_summary(state, opened.store) for state in opened.store.runs()]
     _print_rows("runs", rows, json_, ("run", "phase", "round", "rounds", "epsilon", "situation"))
 
 
@@ -231,23 +230,48 @@ def run_abort(context: typer.Context, name: Run, json_: Json = False) -> None:
     print_facts({"run": name, "abort": "requested; the server ends it within seconds"}, json_)
 
 
-def _summary(state: RunState, now_ms: int) -> dict[str, Any]:
+@run_app.command("pause")
+def run_pause(
+    context: typer.Context,
+    name: Run,
+    reason: Annotated[str, typer.Argument(help="One sentence, for whoever looks at the run.")],
+    json_: Json = False,
+) -> None:
+    """Open no new round. The one under way ends as usual.
+
+    \b
+    Example:
+      aggregator run pause brain-tissue-1 "leuven moves its scanner until Monday"
+    """
+    if not (told := " ".join(reason.split())):
+        raise SettingsError("the reason is empty: say in one sentence why, for whoever looks at the run")
+    with _opened(context) as opened:
+        opened.store.pause(name, told, _person())
+    print_facts({"run": name, "paused": told, "next": f"aggregator run resume {name}"}, json_)
+
+
+@run_app.command("resume")
+def run_resume(context: typer.Context, name: Run, json_: Json = False) -> None:
+    """Open rounds again after a pause.
+
+    \b
+    Example:
+      aggregator run resume brain-tissue-1
+    """
+    with _opened(context) as opened:
+        opened.store.pause(name, "", _person())
+    print_facts({"run": name, "paused": "no"}, json_)
+
+
+def _summary(state: RunState, store: Store) -> dict[str, Any]:
     return {
         "run": state.id,
         "phase": state.phase,
         "round": state.attempt.round if state.attempt else 0,
         "rounds": state.plan.rounds,
-        "epsilon": _epsilon(state),
-        "situation": situation(state, now_ms),
+        "epsilon": spent(state),
+        "situation": standing(state, store),
     }
-
-
-def _epsilon(state: RunState) -> str:
-    """What the run has cost a patient so far, the round under way included."""
-    epsilon = epsilon_after(state.plan, state.attempt.round if state.attempt else 0)
-    if epsilon is None or state.plan.privacy is None:
-        return "unbounded"
-    return f"{epsilon:.2f} of {state.plan.privacy.epsilon:g}"
 
 
 def _details(store: Store, name: str) -> dict[str, Any]:
@@ -259,7 +283,7 @@ def _details(store: Store, name: str) -> dict[str, Any]:
         rounds.append(
             {"round": total.attempt.round, "in_sum": list(total.attempt.u3), "reported": sorted(total.reports), "means": means}
         )
-    return _summary(state, store.now_ms()) | {
+    return _summary(state, store) | {
         "plan_digest": "sha256:" + state.plan.digest.hex(),
         "submitted_by": state.submitted_by,
         "submitted": _when(state.created_ms),
@@ -285,7 +309,7 @@ def _watch_lines(store: Store, name: str, as_json: bool) -> str:
     last = ""
     while True:
         state = store.run(name)
-        summary = _summary(state, store.now_ms())
+        summary = _summary(state, store)
         if summary["situation"] != last:
             last = summary["situation"]
             print_facts(summary, True) if as_json else print(last)
@@ -315,7 +339,7 @@ def _table(store: Store, state: RunState) -> Table:
         "seal",
         "report",
         "seen",
-        title=f"{situation(state, store.now_ms())}; epsilon {_epsilon(state)}",
+        title=f"{standing(state, store)}; epsilon {spent(state)}",
     )
     known = {silo.name: silo for silo in store.silos()}
     for silo in sorted(state.active | state.joins.keys()):
@@ -444,6 +468,30 @@ def roster_publish(
     with _opened(context) as opened:
         roster = opened.store.publish_roster(file.read().strip())
     print_facts({"version": roster.version, "digest": "sha256:" + roster.digest.hex(), "active": sorted(roster.active())}, json_)
+
+
+# --- the audit chain -------------------------------------------------------------------------------------------------------------
+
+
+@audit_app.command("export")
+def audit_export(
+    context: typer.Context, file: Annotated[Path, typer.Argument(help="A new SQLite file.")], json_: Json = False
+) -> None:
+    """Write the audit chain to a file of its own, for whoever is to verify it elsewhere; also where the store is PostgreSQL.
+
+    \b
+    Example:
+      aggregator audit export audit.sqlite
+      wardround audit verify audit.sqlite --head-from st-marys.sqlite
+    """
+    with _opened(context) as opened:
+        try:
+            records = opened.store.export_audit(file)
+        except FileExistsError:
+            raise ConflictError(f"there is a file {file.name} already: move it away, or name another") from None
+        except (OSError, sqlite3.Error):
+            raise StorageError(f"{file.name} cannot be written: check its folder, and the space on its disk") from None
+    print_facts({"file": file.name, "records": records}, json_)
 
 
 def _print_rows(title: str, rows: list[dict[str, Any]], as_json: bool, columns: tuple[str, ...]) -> None:

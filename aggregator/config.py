@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from wardround.errors import SettingsError
@@ -22,6 +22,8 @@ class Settings(BaseSettings):
     federation: Name
     data: Path
     """The store, the spool and the certificates: a local disk, backed up. Per round one sum stays, a model's size."""
+    database: SecretStr | None = None
+    """postgresql://user:password@host:5432/name, best as WARDROUND_AGGREGATOR_DATABASE from a secret; null: SQLite in `data`."""
     operator_key: Path
     """operator.pub: what rosters must be signed with."""
     host: str
@@ -54,6 +56,10 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource, file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:  # fmt: skip
         return env_settings, init_settings  # the environment beats the file
+
+    @property
+    def database_url(self) -> str | None:
+        return None if self.database is None else self.database.get_secret_value()
 
     @property
     def certificate_names(self) -> list[str]:

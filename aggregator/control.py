@@ -6,6 +6,7 @@ no Kubernetes token, and the process with the token has neither; what passes bet
     {"do": "look"}                                     -> {"runs": [...], "silos": [...]}
     {"do": "submit", "plan": YAML, "by": who}          -> {"run": name}       the same `by` again: the same run
     {"do": "stop", "run": name, "by": who}             -> {}
+    {"do": "pause", "run": name, "reason": why, "by": who}  -> {}    an empty reason resumes it
     any of them                                        -> {"error": code, "message": one sentence}
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 from aggregator.driver import facts_of, situation
 from aggregator.records import RunState
 from aggregator.store import ENDED, Store
-from wardround.accounting import round_event
+from wardround.accounting import epsilon_after, round_event
 from wardround.errors import MessageError, PlanError, WardroundError
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import Plan, parse_plan
@@ -68,20 +69,42 @@ def silo_rows(store: Store) -> list[dict[str, Any]]:
     return rows
 
 
-def run_row(state: RunState, now_ms: int) -> dict[str, Any]:
+def spent(state: RunState) -> str:
+    """What the run has cost a patient so far, the round under way included, for people who look."""
+    epsilon = epsilon_after(state.plan, state.attempt.round if state.attempt else 0)
+    if epsilon is None or state.plan.privacy is None:
+        return "unbounded"
+    return f"{epsilon:.2f} of {state.plan.privacy.epsilon:g}"
+
+
+def standing(state: RunState, store: Store) -> str:
+    """Where a run stands, and what those it waits for say of themselves when it is not their work."""
+    now_ms = store.now_ms()
+    told = situation(state, now_ms)
+    awaited = frozenset() if state.phase in ENDED else facts_of(state, now_ms).waiting_for
+    said = {silo.name: silo.activity for silo in store.silos() if silo.name in awaited}
+    return "; ".join(
+        [told, *(f"{name}: {word}" for name, word in said.items() if word.startswith(("queued", "paused", "troubled")))]
+    )
+
+
+def run_row(state: RunState, store: Store) -> dict[str, Any]:
     """What the operator mirrors of a run."""
+    now_ms = store.now_ms()
     facts = facts_of(state, now_ms)
     refusals = {silo: pb.Refusal.FromString(signed.body).reason for silo, signed in state.refusals.items()}
     return {
         "run": state.id,
         "by": state.submitted_by,
         "phase": state.phase,
+        "paused": state.paused,
+        "epsilon": spent(state),
         "round": state.attempt.round if state.attempt else 0,
         "rounds": state.plan.rounds,
         "joined": sorted(state.joins),
         "waiting_for": [] if state.phase in ENDED else sorted(facts.waiting_for),
         "refused": [f"{silo}: {reason}" for silo, reason in sorted(refusals.items())],
-        "situation": situation(state, now_ms),
+        "situation": standing(state, store),
         "plan_digest": "sha256:" + state.plan.digest.hex(),
     }
 
@@ -100,8 +123,7 @@ class _Handler(socketserver.StreamRequestHandler):
 
 def _answer(store: Store, asked: dict[str, Any]) -> dict[str, Any]:
     if asked["do"] == "look":
-        now = store.now_ms()
-        return {"runs": [run_row(state, now) for state in store.runs()], "silos": silo_rows(store)}
+        return {"runs": [run_row(state, store) for state in store.runs()], "silos": silo_rows(store)}
     if asked["do"] == "submit":
         by = str(asked["by"])
         if done := [state.id for state in store.runs() if state.submitted_by == by]:
@@ -112,7 +134,10 @@ def _answer(store: Store, asked: dict[str, Any]) -> dict[str, Any]:
     if asked["do"] == "stop":
         store.request_abort(str(asked["run"]), str(asked["by"]))
         return {}
-    raise MessageError(f"the control socket knows look, submit and stop, not {asked['do']!r}")
+    if asked["do"] == "pause":
+        store.pause(str(asked["run"]), str(asked["reason"]), str(asked["by"]))
+        return {}
+    raise MessageError(f"the control socket knows look, submit, pause and stop, not {asked['do']!r}")
 
 
 class Control(socketserver.ThreadingUnixStreamServer):

@@ -15,7 +15,7 @@ from aggregator.fold import FoldProcess
 from aggregator.records import Attempt, RunState
 from aggregator.round import Action, Facts, Phase, Row, RunPhase, next_row
 from aggregator.store import Stale, Store, on_fresh_state
-from aggregator.telemetry import ROUNDS, RUNS_ENDED, log
+from aggregator.telemetry import MOVING, ROUNDS, RUNS_ENDED, log
 from wardround.chunks import num_chunks
 from wardround.errors import StorageError, WardroundError
 from wardround.layout import layout_of
@@ -193,6 +193,8 @@ class Driver:
         seq = self._store.head().head.seq
         if seq != self._seen:
             self._seen = seq
+            state = self._store.active_run()
+            MOVING.set(state is not None and state.phase == RunPhase.RUNNING.value and not state.paused)
             self._bell.ring()
 
     def _troubled(self, reason: str) -> None:
@@ -214,6 +216,7 @@ def facts_of(state: RunState, now_ms: int) -> Facts:
         joined={silo: cohort.join_agreement(joins[silo]) for silo in ready},
         refused=frozenset(state.refusals) & state.active,
         abort_requested=state.abort_requested,
+        paused=bool(state.paused),
         halted=frozenset(state.halts),
         epoch_due=cohort.epoch_due(state),
         epoch_cohort=frozenset(epoch.cohort) if epoch else frozenset(),
@@ -240,6 +243,13 @@ def situation(state: RunState, now_ms: int) -> str:
     if state.phase not in ("pending", "running"):
         return f"{state.id} has {state.phase}" + (f": {state.reason}" if state.reason else "")
     facts = facts_of(state, now_ms)
+    told = _moving(state, facts)
+    if not state.paused:
+        return told
+    return f"paused: {state.paused}" + ("" if facts.between else f"; before that, {told}")
+
+
+def _moving(state: RunState, facts: Facts) -> str:
     who = ", ".join(sorted(facts.waiting_for)) or "nobody"
     if facts.run is RunPhase.PENDING:
         blocked = "; ".join(cohort.unapproved(state).values())

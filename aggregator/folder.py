@@ -11,7 +11,7 @@ from wardround.errors import StorageError
 
 @dataclass
 class Opened:
-    """The settings, the certificates under pki/, and the store in aggregator.sqlite."""
+    """The settings, the certificates under pki/, and the store in aggregator.sqlite or in PostgreSQL."""
 
     settings: Settings
     pki: Pki
@@ -27,5 +27,5 @@ class Opened:
         except OSError as error:
             raise StorageError(f"the data folder cannot be used: {error.strerror}; check its owner and mode") from None
         pki = Pki.open(settings.data / "pki", settings.federation, settings.certificate_names)
-        database = Database.open(settings.data)
+        database = Database.open(settings.data, settings.database_url)
         return cls(settings, pki, database, Store(database, settings.federation, operator_key, pki.audit_key))

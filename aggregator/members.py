@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -107,6 +108,11 @@ class Members:
     def head(self) -> SignedHead:
         with self._database.read() as db:
             return self._head(db)
+
+    def export_audit(self, file: Path) -> int:
+        """As audit.py has it."""
+        with self._database.read() as db:
+            return audit.export(db, file)
 
     def note(self, kind: str, body: Mapping[str, Any]) -> None:
         """A decision that changes nothing else: a refusal of something that came."""

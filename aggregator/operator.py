@@ -30,6 +30,7 @@ LOOK_S = 2.0  # between two looks at the server while something moves
 CONTROL_TIMEOUT_S = 30.0
 MAX_ANSWER_BYTES = 16 << 20
 PHASES = {"pending": "Pending", "running": "Running", "completed": "Completed", "failed": "Failed", "aborted": "Stopped"}
+PAUSED = "spec.state of its FederationRun is Paused"  # as the store has it: only such a pause is the object's to end
 OVER = ("Completed", "Failed", "Stopped", "Invalid")
 
 
@@ -128,15 +129,21 @@ class Operator:
             self._status(item, {"phase": "Waiting" if waits else "Invalid", "message": told}, "False", "NotAccepted", told)
 
     def _follow(self, item: Object, row: Mapping[str, Any]) -> None:
-        if item["spec"].get("state") == "Stopped" and row["phase"] in ("pending", "running"):
+        wanted, moving = item["spec"].get("state", "Running"), row["phase"] in ("pending", "running")
+        if moving and wanted == "Stopped":
             self.server.ask(do="stop", run=row["run"], by=_who(item))
+        elif moving and wanted == "Paused" and not row["paused"]:
+            self.server.ask(do="pause", run=row["run"], reason=PAUSED, by=_who(item))
+        elif moving and wanted == "Running" and row["paused"] == PAUSED:
+            self.server.ask(do="pause", run=row["run"], reason="", by=_who(item))
         status = {
             "run": row["run"],
-            "phase": PHASES[row["phase"]],
+            "phase": "Paused" if moving and row["paused"] else PHASES[row["phase"]],
             "round": row["round"],
             "rounds": row["rounds"],
             "progress": f"{min(row['round'], row['rounds'])}/{row['rounds']}",
             "silos": len(row["joined"]),
+            "epsilon": row["epsilon"],
             "joined": row["joined"],
             "waitingFor": ", ".join(row["waiting_for"]),
             "refused": row["refused"],

@@ -115,6 +115,7 @@ class RunState:
     phase: str
     reason: str
     abort_requested: bool
+    paused: str  # why no new round opens; empty: one does
     cap: int
     roster_version: int
     submitted_by: str

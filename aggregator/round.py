@@ -57,6 +57,7 @@ class Facts:
     joined: Mapping[str, bytes] = field(default_factory=dict)  # silo -> digest of what all joins must agree on
     refused: frozenset[str] = frozenset()
     abort_requested: bool = False
+    paused: bool = False  # the round under way ends as usual, none opens after it
     deadline_passed: bool = False  # of the run's start while pending, of the key epoch between rounds, else of the attempt's phase
     halted: frozenset[str] = frozenset()  # whose check a sum failed
     epoch_due: bool = True  # the next attempt needs a new key epoch: none yet, another roster, or too many rounds
@@ -133,6 +134,7 @@ TABLE: tuple[Row, ...] = (
     Row("reports differ", lambda f: _evaluating(f) and len(set(f.reports.values())) > 1, Action.FAIL),
     Row("complete", lambda f: _evaluating(f) and _settled(not f.waiting_for, len(f.reports), f), Action.COMPLETE_ROUND),
     Row("finish", lambda f: f.phase is Phase.COMPLETED and not f.between, Action.FINISH),
+    Row("paused", lambda f: f.between and f.paused, Action.WAIT),
     Row("key epoch", lambda f: f.between and f.epoch_due, Action.OPEN_EPOCH),
     Row("open round", lambda f: f.between and _settled(not f.waiting_for, len(f.keyed & f.active), f), Action.OPEN_ROUND),
     Row("too few keys", lambda f: f.between and f.deadline_passed, Action.OPEN_EPOCH),

@@ -1,6 +1,6 @@
 """The store's tables: the truth about runs, members and decisions. Times are Unix milliseconds, digests 32 bytes of SHA-256.
 
-SQLite now, PostgreSQL in a later order: nothing here is special to either. Every column says its unit, every CHECK its reason.
+SQLite or PostgreSQL (database.py): nothing here is special to either. Every column says its unit, every CHECK its reason.
 """
 
 from sqlalchemy import (
@@ -18,13 +18,14 @@ from sqlalchemy import (
 )
 
 REVISION = "0001"  # the newest in migrations/
+TEXT = Text().with_variant(Text(collation="C"), "postgresql")  # names sort by their bytes everywhere, as in ctx and messages
 metadata = MetaData(
     naming_convention={"ck": "ck_%(table_name)s_%(constraint_name)s", "uq": "uq_%(table_name)s_%(column_0_N_name)s"}
 )
 
 
 def _text(name: str, comment: str, *, null: bool = False, key: bool = False) -> Column[str]:
-    return Column(name, Text, nullable=null, primary_key=key, comment=comment)
+    return Column(name, TEXT, nullable=null, primary_key=key, comment=comment)
 
 
 def _ms(name: str, comment: str, *, null: bool = False) -> Column[int]:
@@ -113,6 +114,7 @@ runs = Table(
     _text("phase", "of round.RunPhase"),
     _text("reason", "why it ended, for people", null=True),
     _int("abort_requested", "0 or 1"),
+    _text("paused", "why no new round opens, for people", null=True),
     _int("cap", "patients: the largest declared at the start, fixed for the run", null=True),
     _int("roster_version", "newest at submission; rounds use it or a newer one"),
     _text("submitted_by", "account of the person who submitted it"),

@@ -240,6 +240,7 @@ class Store(Members):
             phase=row.phase,
             reason=row.reason or "",
             abort_requested=bool(row.abort_requested),
+            paused=row.paused or "",
             cap=row.cap or 0,
             roster_version=row.roster_version,
             submitted_by=row.submitted_by,
@@ -295,6 +296,16 @@ class Store(Members):
             if not row.abort_requested:
                 db.execute(sa.update(schema.runs).where(_runs.id == run).values(abort_requested=1))
                 self._record(db, "abort-requested", {"run": run, "by": by})
+
+    def pause(self, run: str, reason: str, by: str) -> None:
+        """No round opens after the one under way, until it is called with an empty reason. Raises SettingsError: it has ended."""
+        with self._write() as db:
+            row = self._run_row(db, run)
+            if row.phase in ENDED:
+                raise SettingsError(f"{run} has ended already ({row.phase}): there is nothing to pause or resume")
+            if (row.paused or "") != reason:
+                db.execute(sa.update(schema.runs).where(_runs.id == run).values(paused=reason or None))
+                self._record(db, "run-paused" if reason else "run-resumed", {"run": run, "reason": reason, "by": by})
 
     def start(self, run: str, cap: int, cohort: Iterable[str], seen: int) -> None:
         with self._write(seen) as db:

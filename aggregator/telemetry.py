@@ -12,6 +12,7 @@ CALLS = Counter("wardround_calls", "Calls of silos by method and outcome (ok, or
 UPLOAD_BYTES = Counter("wardround_upload_bytes", "Bytes of uploads made durable")
 DOWNLOAD_BYTES = Counter("wardround_download_bytes", "Bytes of sums handed out")
 ROUNDS = Counter("wardround_rounds_completed", "Rounds completed")
+MOVING = Gauge("wardround_runs_moving", "Runs that have begun, have not ended and are not paused")
 RUNS_ENDED = Counter("wardround_runs_ended", "Runs ended, by phase", ["phase"])
 POLLS = Gauge("wardround_polls_waiting", "Silos that wait for news")
 

@@ -75,6 +75,7 @@ class Agent:
         self.keyring = Keyring(keys, state, self.spool, self.membership)
         self.inbox = Inbox(self._request, self.membership.dial, self.membership.attend)
         self._activity = ""
+        self._doing = ("decide", "")
 
     # --- the loop --------------------------------------------------------------------------------------------------------------
 
@@ -110,7 +111,8 @@ class Agent:
             self._wait(row, offer)
             return
         started = time.monotonic()
-        self._be(row.action.value, f"round {offer.facts.round}" if offer.facts.round else offer.run)
+        self._doing = (row.action.value, f"round {offer.facts.round}" if offer.facts.round else offer.run)
+        self._be(*self._doing)
         getattr(self, f"_{row.action.value}")(offer)
         log.info(
             "done", action=row.action.value, run=offer.run, round=offer.facts.round, seconds=round(time.monotonic() - started, 2)
@@ -118,8 +120,10 @@ class Agent:
 
     def _wait(self, row: Row, offer: pb.Offer) -> None:
         """Until there is another offer or other trouble."""
-        trouble = self.inbox.trouble
-        if trouble is None:
+        trouble, paused = self.inbox.trouble, self.state.paused()
+        if trouble is None and paused:
+            self._be("paused", paused)
+        elif trouble is None:
             self._be("waiting", offer.message or row.name)
         else:
             self._be("disconnected" if isinstance(trouble, Disconnected) else "refused", str(trouble))
@@ -537,8 +541,7 @@ class Agent:
         while True:
             if helper.ensure():
                 log.info("helper started", program=helper.program)
-            if helper.situation:
-                self._be("queued", helper.situation)
+            self._be(*(("queued", helper.situation) if helper.situation else self._doing))
             result = self.desk.wait(work_id, HELPER_CHECK_S)
             if result is not None:
                 return result

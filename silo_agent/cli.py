@@ -46,6 +46,7 @@ for name, group in (("data", data_app), ("policy", policy_app), ("roster", roste
     app.add_typer(group, name=name)
 
 CHECK_LOOK_S = 1.0
+MAX_REASON_CHARS = 200
 
 
 @app.callback()
@@ -236,7 +237,7 @@ def status(context: typer.Context, json_: Json = False) -> None:
     keys, state = SiloKeys.open(settings.data / "keys"), State(settings.data / "state.sqlite")
     received = _received(state)
     approved = stand_by(state, received, settings.roster_approval).approved
-    activity, head = state.activity(), state.last_head()
+    activity, head, paused = state.activity(), state.last_head(), state.paused()
     facts: dict[str, Any] = {
         "silo": (state.meta("silo") or b"").decode(),
         "federation": (state.meta("federation") or b"").decode(),
@@ -244,7 +245,7 @@ def status(context: typer.Context, json_: Json = False) -> None:
         "roster_version": approved.version if approved else 0,
         "certificate_ends": tls.load_certificate(keys.tls_material()[1]).not_valid_after_utc.isoformat(timespec="minutes"),
         "aggregator_audit_head": head["seq"] if head else 0,
-    }
+    } | ({"paused": paused} if paused else {})
     runs = [{key: row[key] for key in ("run", "stance", "reason", "model_round")} | _key_epoch(state, row) for row in state.runs()]
     if json_:
         since = None if activity is None else activity["since_ms"]
@@ -256,6 +257,44 @@ def status(context: typer.Context, json_: Json = False) -> None:
         for row in runs
     ]
     print_facts(facts | {"runs": lines or ["none"]}, False)
+
+
+@app.command()
+def pause(
+    context: typer.Context,
+    reason: Annotated[str, typer.Argument(help="One sentence; the coordinator reads it too.")],
+    json_: Json = False,
+) -> None:
+    """Begin nothing new: no run is joined, no round trained. An update that was trained before still goes out.
+
+    \b
+    Example:
+      silo-agent pause "the scanner moves until Monday"
+
+    Holds from the agent's next look on, 25 s at most, and until `silo-agent resume`, also over restarts. Keys and budget stay as
+    they are; rounds go on without this hospital once their deadline has passed.
+    """
+    if not (told := " ".join(reason.split())):
+        raise SettingsError("the reason is empty: say in one sentence why, for the coordinator who waits")
+    _pause(context, told[:MAX_REASON_CHARS])
+    print_facts({"paused": told[:MAX_REASON_CHARS], "next": "silo-agent resume"}, json_)
+
+
+@app.command()
+def resume(context: typer.Context, json_: Json = False) -> None:
+    """Take part again after a pause.
+
+    \b
+    Example:
+      silo-agent resume
+    """
+    _pause(context, "")
+    print_facts({"paused": "no"}, json_)
+
+
+def _pause(context: typer.Context, reason: str) -> None:
+    settings = _settings(context)
+    State(settings.data / "state.sqlite", SiloKeys.open(settings.data / "keys").audit).pause(reason)
 
 
 @data_app.command("check")

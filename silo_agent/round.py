@@ -65,6 +65,7 @@ class Facts:
     encoded: Attempt = NEVER  # newest attempt whose upload lies in the spool
     uploaded: Attempt = NEVER  # newest attempt with the aggregator's receipt
     sealed: Attempt = NEVER  # newest attempt sealed
+    paused: bool = False  # IT wants nothing new to begin; what was trained still goes out
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ TABLE: tuple[Row, ...] = (
     Row("idle", lambda facts, offer: offer.phase == "IDLE", Action.WAIT),
     Row("settled", lambda facts, offer: facts.stance in (Stance.REFUSED, Stance.CLOSED), Action.WAIT),
     Row("refuse", lambda facts, offer: facts.stance is Stance.REFUSING, Action.REFUSE),
+    Row("no new run", lambda facts, offer: facts.paused and facts.stance is Stance.UNKNOWN, Action.WAIT),
     Row("judge", lambda facts, offer: offer.phase == "INVITED" and facts.stance is Stance.UNKNOWN, Action.JUDGE),
     Row("not ours", lambda facts, offer: facts.stance is Stance.UNKNOWN, Action.WAIT),
     Row("halted", lambda facts, offer: offer.phase in ("FAILED", "ABORTED"), Action.CLOSE),
@@ -127,6 +129,7 @@ TABLE: tuple[Row, ...] = (
     Row("report", lambda facts, offer: facts.reported_round < facts.model_round, Action.REPORT),
     Row("close", lambda facts, offer: offer.phase == "COMPLETED", Action.CLOSE),
     Row("make keys", lambda facts, offer: offer.phase == "KEYING" and facts.epoch < offer.epoch, Action.MAKE_KEYS),
+    Row("paused", lambda facts, offer: facts.paused and _trains(offer) and facts.event_round < offer.attempt[0], Action.WAIT),
     Row("open event", lambda facts, offer: _trains(offer) and facts.event_round < offer.attempt[0], Action.OPEN_EVENT),
     Row("train", lambda facts, offer: _trains(offer) and facts.update_round < offer.attempt[0], Action.TRAIN),
     Row("encode", lambda facts, offer: _open(offer) and facts.encoded < offer.attempt, Action.ENCODE),

@@ -70,7 +70,12 @@ def epsilon_after(plan: Plan, round_: int) -> float | None:
     if event is None or plan.privacy is None:
         return None
     rounds = min(round_, plan.rounds)
-    return pld_epsilon(Counter({event: rounds}), plan.privacy.delta) if rounds > 0 else 0.0
+    return _epsilon_of(event, rounds, plan.privacy.delta) if rounds > 0 else 0.0
+
+
+@lru_cache(maxsize=256)  # who shows a run asks every few seconds
+def _epsilon_of(event: Event, rounds: int, delta: float) -> float:
+    return pld_epsilon(Counter({event: rounds}), delta)
 
 
 def batch_constant(sample_rate: float, declared_patients: int) -> float:

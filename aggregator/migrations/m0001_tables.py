@@ -9,6 +9,9 @@ branch_labels = None
 depends_on = None
 
 
+TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+
+
 def upgrade() -> None:
     op.create_table(
         "audit",
@@ -20,8 +23,8 @@ def upgrade() -> None:
             comment="1-based, without gaps; also the store's revision: every decision appends one",
         ),
         sa.Column("time_ms", sa.BigInteger(), nullable=False, comment="Unix ms: when it was decided"),
-        sa.Column("kind", sa.Text(), nullable=False, comment="what was decided, e.g. round-sealed"),
-        sa.Column("body", sa.Text(), nullable=False, comment="canonical JSON; digests and names, never a patient's facts"),
+        sa.Column("kind", TEXT, nullable=False, comment="what was decided, e.g. round-sealed"),
+        sa.Column("body", TEXT, nullable=False, comment="canonical JSON; digests and names, never a patient's facts"),
         sa.Column("previous", sa.LargeBinary(), nullable=False, comment="32 bytes: hash of seq - 1"),
         sa.Column("hash", sa.LargeBinary(), nullable=False, comment="32 bytes: wardround/audit.py"),
         sa.Column(
@@ -32,14 +35,14 @@ def upgrade() -> None:
     )
     op.create_table(
         "lease",
-        sa.Column("name", sa.Text(), nullable=False, comment="driver"),
-        sa.Column("holder", sa.Text(), nullable=False, comment="who may decide"),
+        sa.Column("name", TEXT, nullable=False, comment="driver"),
+        sa.Column("holder", TEXT, nullable=False, comment="who may decide"),
         sa.Column("until_ms", sa.BigInteger(), nullable=False, comment="Unix ms: another may take it after this"),
         sa.PrimaryKeyConstraint("name"),
     )
     op.create_table(
         "meta",
-        sa.Column("key", sa.Text(), nullable=False, comment="audit_key (Ed25519 public key, 32 bytes), federation (UTF-8)"),
+        sa.Column("key", TEXT, nullable=False, comment="audit_key (Ed25519 public key, 32 bytes), federation (UTF-8)"),
         sa.Column("value", sa.LargeBinary(), nullable=False, comment="as the key says"),
         sa.PrimaryKeyConstraint("key"),
     )
@@ -57,13 +60,14 @@ def upgrade() -> None:
         sa.Column(
             "seq", sa.Integer(), autoincrement=True, nullable=False, comment="order of submission; the oldest not ended is active"
         ),
-        sa.Column("id", sa.Text(), nullable=False, comment="plan name and a number, e.g. brain-tissue-1"),
-        sa.Column("plan", sa.Text(), nullable=False, comment="canonical JSON"),
+        sa.Column("id", TEXT, nullable=False, comment="plan name and a number, e.g. brain-tissue-1"),
+        sa.Column("plan", TEXT, nullable=False, comment="canonical JSON"),
         sa.Column("plan_digest", sa.LargeBinary(), nullable=False, comment="32 bytes"),
         sa.Column("ctx", sa.LargeBinary(), nullable=False, comment="32 bytes: what join and refusal are signed for"),
-        sa.Column("phase", sa.Text(), nullable=False, comment="of round.RunPhase"),
-        sa.Column("reason", sa.Text(), nullable=True, comment="why it ended, for people"),
+        sa.Column("phase", TEXT, nullable=False, comment="of round.RunPhase"),
+        sa.Column("reason", TEXT, nullable=True, comment="why it ended, for people"),
         sa.Column("abort_requested", sa.BigInteger(), autoincrement=False, nullable=False, comment="0 or 1"),
+        sa.Column("paused", TEXT, nullable=True, comment="why no new round opens, for people"),
         sa.Column(
             "cap",
             sa.BigInteger(),
@@ -78,7 +82,7 @@ def upgrade() -> None:
             nullable=False,
             comment="newest at submission; rounds use it or a newer one",
         ),
-        sa.Column("submitted_by", sa.Text(), nullable=False, comment="account of the person who submitted it"),
+        sa.Column("submitted_by", TEXT, nullable=False, comment="account of the person who submitted it"),
         sa.Column("created_ms", sa.BigInteger(), nullable=False, comment="Unix ms: submitted"),
         sa.Column("started_ms", sa.BigInteger(), nullable=True, comment="Unix ms: first round may open"),
         sa.Column("ended_ms", sa.BigInteger(), nullable=True, comment="Unix ms: completed, failed or aborted"),
@@ -102,7 +106,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "silos",
-        sa.Column("name", sa.Text(), nullable=False, comment="the name in the certificate's SAN"),
+        sa.Column("name", TEXT, nullable=False, comment="the name in the certificate's SAN"),
         sa.Column(
             "identity",
             sa.LargeBinary(),
@@ -110,7 +114,7 @@ def upgrade() -> None:
             comment="32 bytes: Ed25519 public key of its last enrolment; the roster decides, not this",
         ),
         sa.Column("sealing", sa.LargeBinary(), nullable=False, comment="32 bytes: X25519 public key of its last enrolment"),
-        sa.Column("software_version", sa.Text(), nullable=False, comment="as the silo says"),
+        sa.Column("software_version", TEXT, nullable=False, comment="as the silo says"),
         sa.Column("enrolled_ms", sa.BigInteger(), nullable=False, comment="Unix ms: last enrolment"),
         sa.Column(
             "revoked_ms",
@@ -119,7 +123,7 @@ def upgrade() -> None:
             comment="Unix ms: since when every call is refused; a new enrolment clears it",
         ),
         sa.Column("last_seen_ms", sa.BigInteger(), nullable=True, comment="Unix ms: last poll"),
-        sa.Column("activity", sa.Text(), nullable=False, comment="one word of the last poll: idle, train, ..."),
+        sa.Column("activity", TEXT, nullable=False, comment="one word of the last poll: idle, train, ..."),
         sa.Column(
             "roster_version", sa.BigInteger(), autoincrement=False, nullable=False, comment="newest roster it has approved; 0 none"
         ),
@@ -128,9 +132,9 @@ def upgrade() -> None:
     )
     op.create_table(
         "tokens",
-        sa.Column("serial", sa.Text(), nullable=False, comment="hex serial of the bootstrap certificate"),
-        sa.Column("silo", sa.Text(), nullable=False, comment="who may enrol with it"),
-        sa.Column("state", sa.Text(), nullable=False, comment="unused, used or revoked"),
+        sa.Column("serial", TEXT, nullable=False, comment="hex serial of the bootstrap certificate"),
+        sa.Column("silo", TEXT, nullable=False, comment="who may enrol with it"),
+        sa.Column("state", TEXT, nullable=False, comment="unused, used or revoked"),
         sa.Column("issued_ms", sa.BigInteger(), nullable=False, comment="Unix ms: when it was issued"),
         sa.Column("expires_ms", sa.BigInteger(), nullable=False, comment="Unix ms: when the bootstrap certificate ends"),
         sa.Column("used_ms", sa.BigInteger(), nullable=True, comment="Unix ms: when it was used"),
@@ -146,7 +150,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "epochs",
-        sa.Column("run", sa.Text(), nullable=False, comment="runs.id"),
+        sa.Column("run", TEXT, nullable=False, comment="runs.id"),
         sa.Column(
             "number",
             sa.Integer(),
@@ -156,9 +160,9 @@ def upgrade() -> None:
         ),
         sa.Column("first_round", sa.BigInteger(), autoincrement=False, nullable=False, comment="the first round it serves"),
         sa.Column("roster_version", sa.BigInteger(), autoincrement=False, nullable=False, comment="whose active members it is for"),
-        sa.Column("maker", sa.Text(), nullable=False, comment="which silo makes its keys"),
+        sa.Column("maker", TEXT, nullable=False, comment="which silo makes its keys"),
         sa.Column(
-            "cohort", sa.Text(), nullable=False, comment="JSON list of names, sorted: who was to acknowledge it when it was opened"
+            "cohort", TEXT, nullable=False, comment="JSON list of names, sorted: who was to acknowledge it when it was opened"
         ),
         sa.Column("deadline_ms", sa.BigInteger(), nullable=False, comment="Unix ms: of the agreement"),
         sa.Column("opened_ms", sa.BigInteger(), nullable=False, comment="Unix ms: the maker was asked"),
@@ -171,7 +175,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "attempts",
-        sa.Column("run", sa.Text(), nullable=False, comment="runs.id"),
+        sa.Column("run", TEXT, nullable=False, comment="runs.id"),
         sa.Column(
             "round",
             sa.Integer(),
@@ -180,18 +184,16 @@ def upgrade() -> None:
             comment="1-based; the plan's rounds + 1 is the closing round",
         ),
         sa.Column("attempt", sa.Integer(), autoincrement=False, nullable=False, comment="1-based"),
-        sa.Column("phase", sa.Text(), nullable=False, comment="of round.Phase"),
+        sa.Column("phase", TEXT, nullable=False, comment="of round.Phase"),
         sa.Column("ctx", sa.LargeBinary(), nullable=False, comment="32 bytes: names this attempt in every signature"),
         sa.Column(
             "facts", sa.LargeBinary(), nullable=False, comment="pb.Round as it is offered; its deadline is replaced by deadline_ms"
         ),
-        sa.Column("cohort", sa.Text(), nullable=False, comment="JSON list of names, sorted"),
-        sa.Column(
-            "u3", sa.Text(), nullable=True, comment="JSON list of names, sorted: whose uploads are in the sum; fixed when sealed"
-        ),
+        sa.Column("cohort", TEXT, nullable=False, comment="JSON list of names, sorted"),
+        sa.Column("u3", TEXT, nullable=True, comment="JSON list of names, sorted: whose uploads are in the sum; fixed when sealed"),
         sa.Column("sum_digest", sa.LargeBinary(), nullable=True, comment="32 bytes: blob of the sum, once folded"),
         sa.Column("sum_bytes", sa.BigInteger(), autoincrement=False, nullable=True, comment="bytes of the sum"),
-        sa.Column("reason", sa.Text(), nullable=True, comment="why it was abandoned, for people"),
+        sa.Column("reason", TEXT, nullable=True, comment="why it was abandoned, for people"),
         sa.Column("deadline_ms", sa.BigInteger(), nullable=False, comment="Unix ms: of the current phase"),
         sa.Column("opened_ms", sa.BigInteger(), nullable=False, comment="Unix ms: offered for training"),
         sa.Column("sealed_ms", sa.BigInteger(), nullable=True, comment="Unix ms: the set of uploads was fixed"),
@@ -220,7 +222,7 @@ def upgrade() -> None:
     op.create_table(
         "statements",
         sa.Column("digest", sa.LargeBinary(), nullable=False, comment="32 bytes: messages.statement_digest"),
-        sa.Column("run", sa.Text(), nullable=False, comment="runs.id"),
+        sa.Column("run", TEXT, nullable=False, comment="runs.id"),
         sa.Column(
             "round", sa.BigInteger(), autoincrement=False, nullable=False, comment="0 for what is said of a run or of a key epoch"
         ),
@@ -231,10 +233,10 @@ def upgrade() -> None:
             nullable=False,
             comment="0 for what is said of a run; with round 0 the number of a key epoch",
         ),
-        sa.Column("silo", sa.Text(), nullable=False, comment="who signed"),
+        sa.Column("silo", TEXT, nullable=False, comment="who signed"),
         sa.Column(
             "message",
-            sa.Text(),
+            TEXT,
             nullable=False,
             comment="answer (join, refusal), halt, key-epoch, epoch-ack, upload, seal or model-report: what a silo may say once",
         ),
@@ -255,7 +257,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "uploads",
-        sa.Column("run", sa.Text(), nullable=False, comment="runs.id"),
+        sa.Column("run", TEXT, nullable=False, comment="runs.id"),
         sa.Column(
             "round", sa.Integer(), autoincrement=False, nullable=False, comment="1-based; 0 for the checkpoint of a key epoch"
         ),
@@ -266,7 +268,7 @@ def upgrade() -> None:
             nullable=False,
             comment="1-based; with round 0 the number of the key epoch",
         ),
-        sa.Column("silo", sa.Text(), nullable=False, comment="whose it is"),
+        sa.Column("silo", TEXT, nullable=False, comment="whose it is"),
         sa.Column("content_digest", sa.LargeBinary(), nullable=False, comment="32 bytes over all chunks"),
         sa.Column("num_bytes", sa.BigInteger(), autoincrement=False, nullable=False, comment="bytes of all chunks"),
         sa.Column(
@@ -278,7 +280,7 @@ def upgrade() -> None:
         ),
         sa.Column(
             "state",
-            sa.Text(),
+            TEXT,
             nullable=False,
             comment="receiving, durable, or deleted once its sum is published, its attempt abandoned or a newer checkpoint here",
         ),

@@ -3,6 +3,7 @@
 Absent, the strict default holds: the defaults of the class below. configs/policies/ has that and the sandbox's.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -48,14 +49,21 @@ class Policy(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _lists_are_tuples(cls, value: Any) -> Any:
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()} if isinstance(value, dict) else value
+    def _as_yaml_meant_it(cls, value: Any) -> Any:
+        """Lists are tuples; 1e-05 is a number, as helm writes one and YAML 1.1 reads it as a word."""
+        return {k: _meant(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.min_silos < 3 and not self.allow_two_silo_sum:
             raise ValueError("min_silos: 2 needs allow_two_silo_sum: true, for a sum of two shows each hospital the other's update")
         return self
+
+
+def _meant(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]*)?e[-+]?[0-9]+", value):
+        return float(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def parse_policy(text: bytes) -> Policy:

@@ -22,7 +22,8 @@ from wardround.pb import federation_pb2 as pb
 BUSY_TIMEOUT_S = 10.0
 
 SCHEMA = """
--- Facts about this installation: federation, silo, target (host:port), operator_key, audit_key (public, of this silo's chain).
+-- Facts about this installation: federation, silo, target (host:port), operator_key, audit_key (public, of this silo's chain);
+-- paused: why, while IT wants nothing new to begin.
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
 
 -- The aggregator's audit heads as this silo saw them: whoever cuts that chain is found out here.
@@ -194,6 +195,18 @@ class State:
             db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", facts.items())
             self._record(db, "enrolled", {"silo": facts["silo"].decode(), "federation": facts["federation"].decode()})
 
+    def paused(self) -> str:
+        """Why nothing new begins here; empty: it does."""
+        return (self.meta("paused") or b"").decode()
+
+    def pause(self, reason: str) -> None:
+        """Nothing new begins from the agent's next look on; with an empty reason it does again."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM meta WHERE key = 'paused'")
+            if reason:
+                db.execute("INSERT INTO meta VALUES ('paused', ?)", (reason.encode(),))
+            self._record(db, "paused" if reason else "resumed", {"reason": reason} if reason else {})
+
     def set_activity(self, word: str, detail: str) -> None:
         """For people who look: it need not survive a power cut, so it waits for no disk."""
         with self._lock:
@@ -261,7 +274,7 @@ class State:
     def _facts(self, run: str) -> Facts:
         row = self.run(run)
         if row is None:
-            return Facts(Stance.UNKNOWN)
+            return Facts(Stance.UNKNOWN, paused=bool(self.paused()))
 
         def newest(table: str, column: str, condition: str = "TRUE") -> int | None:
             found = self._one(f"SELECT max({column}) FROM {table} WHERE run = ? AND {condition}", run)[0]  # noqa: S608 - our words
@@ -280,6 +293,7 @@ class State:
             reported_round=_or(newest("models", "round", "reported = 1"), 0),
             epoch=_or(newest("epochs", "number", "told = 1"), 0),
             halting=row["halt"] is not None,
+            paused=bool(self.paused()),
             event_round=_or(newest("events", "round"), 0),
             update_round=_or(newest("events", "round", "update_digest IS NOT NULL"), 0),
             encoded=attempt("TRUE"),

@@ -14,13 +14,17 @@ from typing import Any, Protocol
 import yaml
 
 from silo_agent.telemetry import log
+from wardround.canonical import canonical_json, sha256
 from wardround.errors import Disconnected, SettingsError
 from wardround.kube import Api, Object
 
-RESTART_WAIT_S = 10.0  # between two Jobs: one that fails at once must not fill the cluster
+RESTART_WAIT_S = 10.0  # between two Jobs: one that fails at once must not fill the cluster; twice as long for each that follows
+MAX_RESTART_WAIT_S = 300.0
+STEADY_S = 300.0  # a trainer that ends after this has worked: the next one need not wait longer
 LOOK_S = 5.0  # between two looks at a Job that is not running yet
 MAX_MESSAGE_CHARS = 300  # of what Kubernetes says
 SILENT_S = 60.0  # a resident helper asks at least every 20 s
+MADE_FROM = "wardround.org/template"  # the annotation with the digest of the Job's template
 CANNOT_PULL = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
 
 
@@ -59,6 +63,8 @@ class JobHelper:
         self._jobs = f"/apis/batch/v1/namespaces/{namespace}/jobs"
         self._pods = f"/api/v1/namespaces/{namespace}/pods"
         self._events = f"/api/v1/namespaces/{namespace}/events"
+        self._made_from = sha256(canonical_json(template)).hex()
+        self._failures, self._failed_lease = 0, 0
         self._started = self._looked = -RESTART_WAIT_S
         self.situation = ""
 
@@ -71,11 +77,17 @@ class JobHelper:
         try:
             job = self._api.get(f"{self._jobs}/{self._name}") if self._leases.lease else None
             if job is not None and not _over(job):
-                self._say(_waiting_for(job, self._newest_pod(), self._warning))
+                waits = _waiting_for(job, self._newest_pod(), self._warning)
+                if waits and job["metadata"].get("annotations", {}).get(MADE_FROM, self._made_from) != self._made_from:
+                    self._api.delete(f"{self._jobs}/{self._name}")  # it waits for what the hospital has changed since
+                    waits = "its settings changed while it waited; starting another"
+                    self._started = now
+                self._say(waits)
                 return False
             if job is not None and _over(job) == "Failed":
+                self._count_failure(now)
                 self._say(f"the last trainer ended: {_why_ended(self._newest_pod())}; starting another")
-            if now - self._started < RESTART_WAIT_S:
+            if now - self._started < min(MAX_RESTART_WAIT_S, RESTART_WAIT_S * 2**self._failures):
                 return False
             self._started = now
             self._leases.next_lease()
@@ -83,6 +95,12 @@ class JobHelper:
         except Disconnected as error:
             self._say(f"whether the trainer runs is not known: {error}")
             return False
+
+    def _count_failure(self, now: float) -> None:
+        """Once a lease."""
+        if self._failed_lease != self._leases.lease:
+            self._failures = self._failures + 1 if self._failed_lease and now - self._started < STEADY_S else 0
+            self._failed_lease = self._leases.lease
 
     def stop(self) -> None:
         """Frees the GPU: there is no work for a while."""
@@ -99,7 +117,7 @@ class JobHelper:
 
     def _manifest(self) -> Object:
         job = copy.deepcopy(self._template)
-        job["metadata"]["name"] = self._name
+        job["metadata"] |= {"name": self._name, "annotations": {MADE_FROM: self._made_from}}
         container = job["spec"]["template"]["spec"]["containers"][0]
         container["env"] = [
             *container["env"],

@@ -10,16 +10,25 @@ from aggregator import cli
 from tests.aggregator.test_statements import at
 from tests.support.aggregator import TestAggregator, until
 from tests.support.plans import TINY, tiny
+from wardround.audit import verify_file
 from wardround.cli import run
 from wardround.roster import Roster
 
 
 @pytest.fixture
-def command(aggregator: TestAggregator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def command(
+    aggregator: TestAggregator,
+    database: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Any:
     """(exit code, standard output, standard error) of a command."""
     (tmp_path / "aggregator.yaml").write_text(
         "federation: neuro\ndata: data\noperator_key: operator.pub\nhost: localhost\nport: 1\n"
     )
+    if database is not None:
+        monkeypatch.setenv("WARDROUND_AGGREGATOR_DATABASE", database)
     (tmp_path / "plan.yaml").write_text(TINY)
     monkeypatch.chdir(tmp_path)
 
@@ -94,6 +103,17 @@ def test_abort_is_seen_by_the_server_and_watch_says_it_failed(aggregator: TestAg
     assert code == 1 and json.loads(out.splitlines()[-1])["situation"] == "tiny-1 has aborted: the coordinator aborted it"
 
 
+def test_pause_with_a_reason_and_resume(aggregator: TestAggregator, command: Any) -> None:
+    silos = aggregator.hospitals()
+    name = aggregator.submit(tiny())
+    at("open", aggregator, silos)
+    assert command("run", "pause", name, " ")[2].startswith("error (settings): the reason is empty")
+    assert command("run", "pause", name, "the scanner\nmoves")[0] == 0
+    assert "paused: the scanner moves; before that, round 1 of 2 waits" in command("run", "show", name)[1]
+    assert json.loads(command("run", "resume", name, "--json")[1]) == {"run": name, "paused": "no"}
+    assert "paused" not in json.loads(command("run", "show", name, "--json")[1])["situation"]
+
+
 def test_silos_and_their_tokens(aggregator: TestAggregator, command: Any, tmp_path: Path) -> None:
     aggregator.hospitals(("charite",))
     assert command("silo", "token", "leuven", "Bad_Name")[2].startswith("error (settings): a silo's name has lower-case letters")
@@ -113,9 +133,23 @@ def test_a_roster_that_nobody_signed(aggregator: TestAggregator, command: Any, t
     assert command("roster", "publish", "draft.json")[2].startswith("error (message): the roster is malformed")
 
 
+def test_the_audit_chain_as_a_file_of_its_own(aggregator: TestAggregator, command: Any, tmp_path: Path) -> None:
+    aggregator.hospitals()
+    code, out, _ = command("audit", "export", "audit.sqlite", "--json")
+    head = aggregator.store.head()
+    assert code == 0 and json.loads(out)["records"] == head.head.seq
+    assert verify_file(tmp_path / "audit.sqlite") == (head.head, 0)
+    assert "there is a file audit.sqlite already" in command("audit", "export", "audit.sqlite")[2]
+    assert "cannot be written" in command("audit", "export", "nowhere/audit.sqlite")[2]
+
+
 def test_every_command_has_an_example(command: Any) -> None:
-    groups = {"plan": ("check", "submit"), "run": ("list", "show", "watch", "abort"), "silo": ("token", "list", "revoke")}
-    for group, commands in (groups | {"roster": ("draft", "publish")}).items():
+    groups = {
+        "plan": ("check", "submit"),
+        "run": ("list", "show", "watch", "pause", "resume", "abort"),
+        "silo": ("token", "list", "revoke"),
+    }
+    for group, commands in (groups | {"roster": ("draft", "publish"), "audit": ("export",)}).items():
         for one in commands:
             assert "Example:\n    aggregator" in command(group, one, "--help")[1]
     assert "Example:\n    aggregator" in command("serve", "--help")[1]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import structlog
+from prometheus_client import REGISTRY
 
 from aggregator import driver as module
 from aggregator.driver import Bell, Driver, facts_of, situation
@@ -18,7 +19,7 @@ from tests.support.fake_silo import FakeSilo
 from tests.support.identities import OPERATOR
 from tests.support.plans import tiny
 from wardround.audit import verify_file
-from wardround.errors import StorageError
+from wardround.errors import SettingsError, StorageError
 from wardround.pb import federation_pb2 as pb
 from wardround.roster import propose, sign_roster
 
@@ -52,6 +53,34 @@ def test_a_run_waits_for_its_silos_and_says_for_whom(aggregator: TestAggregator)
     assert situation(aggregator.store.run(run), 0) == "tiny-1 waits until leuven joins"
     assert silos[0].poll().message == "tiny-1 waits until leuven joins"
     assert aggregator.store.run(run).phase == "pending"
+
+
+def test_a_paused_run_ends_its_round_and_opens_no_other_until_it_is_resumed(aggregator: TestAggregator) -> None:
+    silos = aggregator.hospitals()
+    run = aggregator.submit(tiny())
+    at("open", aggregator, silos)
+    aggregator.store.pause(run, "the scanner moves", "tester")
+    aggregator.store.pause(run, "the scanner moves", "tester")  # said twice, decided once
+    assert situation(aggregator.store.run(run), 0).startswith(
+        "paused: the scanner moves; before that, round 1 of 2 waits for uploads"
+    )
+    for silo in silos:
+        silo.uploads = True
+    until(lambda: phase_of(aggregator, run) == (1, 1, "completed"), silos)
+    for _ in range(5):
+        aggregator.server.bell.driver.set()
+        for silo in silos:
+            silo.step()
+    assert phase_of(aggregator, run) == (1, 1, "completed")
+    assert situation(aggregator.store.run(run), 0) == "paused: the scanner moves"
+    until(lambda: REGISTRY.get_sample_value("wardround_runs_moving") == 0)  # nobody is to be woken for it
+    aggregator.store.pause(run, "", "tester")
+    until(lambda: REGISTRY.get_sample_value("wardround_runs_moving") == 1, silos)
+    until(lambda: aggregator.store.run(run).phase == "completed", silos)
+    kinds = [row.kind for row in records(aggregator) if row.kind in ("run-paused", "run-resumed")]
+    assert kinds == ["run-paused", "run-resumed"]
+    with pytest.raises(SettingsError, match="has ended already"):
+        aggregator.store.pause(run, "too late", "tester")
 
 
 def test_past_the_deadline_it_goes_on_with_enough(aggregator: TestAggregator, later: Callable[[float], None]) -> None:
@@ -237,8 +266,8 @@ def test_killed_at_every_row_it_goes_on_and_counts_nothing_twice(
     kinds = [one.kind for one in records(aggregator)]
     assert [kinds.count(one) for one in ("sum-published", "round-completed", "upload-accepted", "run-completed")] == [3, 3, 9, 1]
     assert [one.attempt.attempt for one in aggregator.store.sums(run)] == [1, 1, 1]
-    aggregator.stop()
-    assert verify_file(aggregator.settings.data / "aggregator.sqlite")[0] is not None
+    file = aggregator.settings.data / "audit.sqlite"
+    assert aggregator.store.export_audit(file) == len(kinds) and verify_file(file)[0] is not None
 
 
 def test_a_decision_on_what_is_no_longer_so_is_not_written(aggregator: TestAggregator) -> None:

@@ -1,11 +1,13 @@
 """Rosters, tokens, silos, the lease: the store without a network."""
 
-import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
+from aggregator import schema
 from aggregator.database import Database
 from aggregator.store import Store
 from tests.support.identities import OPERATOR, OPERATOR_PUBLIC, chain, ed25519, member, public
@@ -30,8 +32,16 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Store:
-    return Store(Database.open(tmp_path), "neuro", OPERATOR_PUBLIC, AUDIT, clock)
+def opened(tmp_path: Path, database: str | None) -> Iterator[Database]:
+    """As another program opens it."""
+    with closing(Database.open(tmp_path, database)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def store(tmp_path: Path, clock: Clock, database: str | None) -> Iterator[Store]:
+    with closing(Database.open(tmp_path, database)) as own:
+        yield Store(own, "neuro", OPERATOR_PUBLIC, AUDIT, clock)
 
 
 def test_rosters_are_a_chain(store: Store) -> None:
@@ -53,14 +63,13 @@ def test_rosters_are_a_chain(store: Store) -> None:
     assert [len(store.rosters(after)) for after in (0, 1, 2)] == [2, 1, 0]
 
 
-def test_a_roster_changed_inside_the_database_is_not_believed(store: Store, tmp_path: Path) -> None:
+def test_a_roster_changed_inside_the_database_is_not_believed(store: Store, opened: Database) -> None:
     first = chain([A])[0]
     store.publish_roster(sign_roster(first, OPERATOR))
     forged = sign_roster(chain([A, B])[0], ed25519(9))
-    with closing(sqlite3.connect(tmp_path / "aggregator.sqlite")) as database:
-        database.execute("UPDATE rosters SET data = ?", (forged,))
-        database.commit()
-    fresh = Store(Database.open(tmp_path), "neuro", OPERATOR_PUBLIC, AUDIT)
+    with opened.write() as behind_its_back:
+        behind_its_back.execute(sa.update(schema.rosters).values(data=forged))
+    fresh = Store(opened, "neuro", OPERATOR_PUBLIC, AUDIT)
     with pytest.raises(IdentityError, match="not signed by this federation's operator"):
         fresh.newest_roster()
 
@@ -123,25 +132,28 @@ def test_the_lease_is_one_drivers_until_it_ends(store: Store, clock: Clock) -> N
     assert not store.hold_lease("one", 100)
 
 
-def test_the_data_of_another_federation_or_key(store: Store, tmp_path: Path) -> None:
+def test_the_data_of_another_federation_or_key(store: Store, opened: Database) -> None:
     for federation, key in (("cardio", AUDIT), ("neuro", ed25519(151))):
         with pytest.raises(SettingsError, match="of another federation or audit key"):
-            Store(Database.open(tmp_path), federation, OPERATOR_PUBLIC, key)
+            Store(opened, federation, OPERATOR_PUBLIC, key)
 
 
-def test_every_decision_is_in_the_chain_and_an_edit_shows(store: Store, tmp_path: Path) -> None:
+def test_every_decision_is_in_the_chain_and_an_edit_shows(store: Store, tmp_path: Path, opened: Database) -> None:
     store.token_issued("aa", "charite", 5_000)
     store.enroll("aa", "charite", A.identity, A.sealing, "")
     kept = store.head()
     store.revoke("charite")
-    file = tmp_path / "aggregator.sqlite"
+    file = tmp_path / "audit.sqlite"
+    assert store.export_audit(file) == 4
     head, _ = verify_file(file, public(AUDIT))
     assert head is not None and head.seq == 4 == kept.head.seq + 1
-    with closing(sqlite3.connect(file)) as database:
-        kinds = [row[0] for row in database.execute("SELECT kind FROM audit ORDER BY seq")]
+    with opened.write() as behind_its_back:
+        kinds = list(behind_its_back.scalars(sa.select(schema.audit.c.kind).order_by(schema.audit.c.seq)))
         assert kinds == ["store-created", "token-issued", "silo-enrolled", "silo-revoked"]
-        database.execute("""UPDATE audit SET body = replace(body, 'charite', 'leuven') WHERE seq = 3""")
-        database.commit()
+        behind_its_back.exec_driver_sql("""UPDATE audit SET body = replace(body, 'charite', 'leuven') WHERE seq = 3""")
+    store.export_audit(tmp_path / "edited.sqlite")
     with pytest.raises(IntegrityError, match="record 3 was changed"):
-        verify_file(file, public(AUDIT))
+        verify_file(tmp_path / "edited.sqlite", public(AUDIT))
+    with pytest.raises(FileExistsError):
+        store.export_audit(file)
     assert isinstance(kept, SignedHead) and isinstance(kept.head, Head)

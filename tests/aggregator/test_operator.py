@@ -113,6 +113,38 @@ def test_stopped_and_deleted_objects_stop_their_runs(aggregator: TestAggregator,
     until(lambda: aggregator.store.run("tiny-2").phase == "aborted")
 
 
+def test_a_paused_object_pauses_its_run_and_ends_no_pause_but_its_own(aggregator: TestAggregator, cluster: Cluster) -> None:
+    silos = aggregator.hospitals()
+    cluster.apply("tiny", TINY_PLAN, state="Paused")
+    cluster.operator.reconcile()
+    assert cluster.status("tiny")["phase"] == "Paused" and cluster.status("tiny")["epsilon"] == "unbounded"
+    for _ in range(5):
+        for silo in silos:
+            silo.step()
+    assert aggregator.store.run("tiny-1").attempt is None
+    spec = cluster.kube.objects[f"{BASE}/federationruns/tiny"]["spec"]
+    spec["state"] = "Running"
+    cluster.operator.reconcile()
+    assert aggregator.store.run("tiny-1").paused == ""
+    aggregator.store.pause("tiny-1", "the scanner moves", "coordinator")
+    status = cluster.status("tiny")
+    assert (status["phase"], status["message"]) == ("Paused", "paused: the scanner moves")
+    assert aggregator.store.run("tiny-1").paused == "the scanner moves"
+    aggregator.store.pause("tiny-1", "", "coordinator")
+    until(lambda: aggregator.store.run("tiny-1").phase == "completed", silos)
+    assert cluster.status("tiny")["phase"] == "Completed"
+
+
+def test_what_an_awaited_hospital_says_of_itself_is_in_the_message(aggregator: TestAggregator, cluster: Cluster) -> None:
+    aggregator.hospitals()
+    cluster.apply("tiny", TINY_PLAN)
+    cluster.operator.reconcile()
+    aggregator.store.seen("leuven", "0.1.0", "queued its image cannot be pulled", 1, 0)
+    aggregator.store.seen("charite", "0.1.0", "snapshot tiny-1", 1, 0)
+    status = cluster.status("tiny")
+    assert status["message"] == "tiny-1 waits until charite, leuven, st-marys join; leuven: queued its image cannot be pulled"
+
+
 def test_runs_of_the_command_line_are_left_alone(aggregator: TestAggregator, cluster: Cluster) -> None:
     aggregator.hospitals()
     from wardround.plan import parse_plan

@@ -26,8 +26,8 @@ def every_facts() -> Iterator[Facts]:
             RunPhase.RUNNING, 2, 2, active, answers(ALL, False), abort_requested=abort, deadline_passed=late, 
             halted=frozenset(halted), round=round_ if phase else 0, phase=phase, cohort=ALL,
         )  # fmt: skip
-        for due, epoch_cohort, keyed in product(flags, SETS[1:], SETS):
-            yield replace(facts, epoch_due=due, epoch_cohort=epoch_cohort, keyed=keyed)
+        for due, epoch_cohort, keyed, paused in product(flags, SETS[1:], SETS, flags):
+            yield replace(facts, epoch_due=due, epoch_cohort=epoch_cohort, keyed=keyed, paused=paused)
         for uploaded, u3, sealed, folded, reported, differ in product(SETS, SETS[1:], SETS, flags, SETS, flags):
             yield replace(
                 facts, epoch_due=False, keyed=ALL, uploaded=uploaded, u3=u3, folded=folded, sealed=sealed & u3,
@@ -37,8 +37,8 @@ def every_facts() -> Iterator[Facts]:
 
 LEGAL = {
     Action.START: lambda f: f.run is RunPhase.PENDING and len(f.active & f.joined.keys()) >= f.min_silos,
-    Action.OPEN_EPOCH: lambda f: f.between and (f.epoch_due or f.deadline_passed),
-    Action.OPEN_ROUND: lambda f: f.between and not f.epoch_due and len(f.keyed & f.active) >= f.min_silos,
+    Action.OPEN_EPOCH: lambda f: f.between and not f.paused and (f.epoch_due or f.deadline_passed),
+    Action.OPEN_ROUND: lambda f: f.between and not f.paused and not f.epoch_due and len(f.keyed & f.active) >= f.min_silos,
     Action.SEAL: lambda f: f.phase is Phase.OPEN and len(f.uploaded & f.active) >= f.min_silos,
     Action.ABANDON: lambda f: f.phase in (Phase.OPEN, Phase.SEALED) and (f.deadline_passed or not f.u3 <= f.active),
     Action.FOLD: lambda f: f.phase is Phase.SEALED and not f.folded,
@@ -70,11 +70,11 @@ def test_every_facts_has_a_legal_action_and_every_row_occurs() -> None:
 
 
 def test_waiting_always_says_for_whom_or_for_time() -> None:
-    """A run that has not ended is never stuck: it waits for somebody, or for the deadline, or for one more hospital."""
+    """A run that has not ended is never stuck: it waits for somebody, for the deadline, for one more hospital, or a resume."""
     for facts in every_facts():
         if next_row(facts).action is Action.WAIT and facts.run is RunPhase.RUNNING:
             enough_reports = facts.phase is Phase.EVALUATING and len(facts.reports) < facts.min_silos
-            assert facts.waiting_for or not facts.deadline_passed or enough_reports, facts
+            assert facts.waiting_for or not facts.deadline_passed or enough_reports or facts.paused, facts
 
 
 def test_nobody_waits_for_who_was_removed() -> None:

@@ -35,7 +35,8 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
         "aggregator",
         {
             "operator": {"publicKey": "k"},
-            "monitoring": {"serviceMonitor": True},
+            "monitoring": {"serviceMonitor": True, "alerts": True},
+            "database": {"existingSecret": "store"},
             "network": {"prometheus": [{"namespaceSelector": {}}]},
             "kubernetesApi": {"researchers": [{"kind": "Group", "name": "r", "apiGroup": "rbac.authorization.k8s.io"}]},
         },

@@ -1,11 +1,14 @@
 """The coordinator's chart: who holds the Kubernetes token, who the data, and that its settings are what the program reads."""
 
+import re
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
 
+import aggregator.telemetry  # noqa: F401 - what it measures
 from aggregator.config import load_settings
-from tests.charts.conftest import SETS, Render, pods
+from tests.charts.conftest import ROOT, SETS, Render, pods
 
 
 @pytest.mark.parametrize("name", [name for name, (chart, _) in SETS.items() if chart == "aggregator"])
@@ -40,3 +43,25 @@ def test_without_the_operators_key_the_next_command_is_told(helm: object, render
 
     notes = helm("install", "r", str(CHARTS / "aggregator"), "--dry-run=client").stdout  # type: ignore[operator]
     assert "NOT ENROLLED" in notes and "--set-file operator.publicKey=operator.pub" in notes
+
+
+def test_postgresql_by_the_name_of_a_secret(render: Render) -> None:
+    """Its address holds a password: no template, no release and no ConfigMap does. The operator container does not get it."""
+    objects = render("aggregator", {"database": {"existingSecret": "store", "port": 5433}})
+    both = {c["name"]: c for c in dict(pods(objects))["aggregator"]["spec"]["containers"]}
+    wanted = {"name": "WARDROUND_AGGREGATOR_DATABASE", "valueFrom": {"secretKeyRef": {"name": "store", "key": "url"}}}
+    assert wanted in both["aggregator"]["env"] and "env" not in both["operator"]
+    (policy,) = (item for item in objects if item["metadata"]["name"] == "aggregator-to-database")
+    assert policy["spec"]["egress"] == [{"ports": [{"port": 5433, "protocol": "TCP"}]}]
+    assert not [item for item in render("aggregator", {}) if item["metadata"]["name"] == "aggregator-to-database"]
+
+
+def test_every_alert_has_its_runbook_and_watches_what_is_measured(render: Render) -> None:
+    rules = next(item for item in render("aggregator", {"monitoring": {"alerts": True}}) if item["kind"] == "PrometheusRule")
+    alerts = {rule["alert"]: rule["expr"] for rule in rules["spec"]["groups"][0]["rules"]}
+    sections = re.findall(r"^## (\w+)$", (ROOT / "docs" / "runbooks" / "README.md").read_text(), re.MULTILINE)
+    assert sections == list(alerts)
+    measured = generate_latest().decode()
+    for expression in alerts.values():
+        for name in re.findall(r"wardround_\w+", expression):
+            assert f"# TYPE {name.removesuffix('_total')}" in measured, name

@@ -1,5 +1,6 @@
 """The hospital's chart: who sees what, and that its settings are what the program reads."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import yaml
 
 from silo_agent.config import load_settings
 from silo_agent.custody.enrollment import _File
-from silo_agent.custody.policy import parse_policy
+from silo_agent.custody.policy import Policy, parse_policy
 from silo_agent.launch.job import load_template
 from tests.charts.conftest import CHARTS, HOSPITAL, JOB, SETS, Object, Render, pods
+from wardround.errors import SettingsError
 
 
 def settings_files(objects: list[Object], folder: Path) -> Path:
@@ -107,6 +109,38 @@ def test_only_job_mode_has_a_kubernetes_token_and_rights(render: Render) -> None
 def test_values_that_cannot_work_are_refused(helm: Callable[..., Any], values: dict[str, Any], told: str) -> None:
     done = helm("template", "r", str(CHARTS / "silo-agent"), "--namespace", "wardround", values=values)
     assert done.returncode != 0 and told in done.stderr
+
+
+def test_the_policy_of_the_values_is_the_policy_of_the_program(render: Render, tmp_path: Path) -> None:
+    """Its keys and bounds stand in both, so that helm refuses what the agent would: a pod that cannot start is found out later."""
+    chart = json.loads((CHARTS / "silo-agent" / "values.schema.json").read_text())["properties"]["policy"]["properties"]["rules"]
+    program = Policy.model_json_schema()["properties"]
+    assert set(chart["properties"]) == set(program)
+    for key, rule in chart["properties"].items():
+        for bound in ("minimum", "maximum", "exclusiveMinimum", "enum"):
+            assert rule.get(bound) == program[key].get(bound), (key, bound)
+        assert rule.get("type", "string") == program[key]["type"], key
+        assert rule.get("items", {}).get("enum") == program[key].get("items", {}).get("enum"), key
+    default = Policy().model_dump(mode="json")
+    rules = settings_files(render("silo-agent", HOSPITAL | {"policy": {"rules": default}}), tmp_path) / "policy.yaml"
+    assert parse_policy(rules.read_bytes()) == Policy()
+
+
+@pytest.mark.parametrize(
+    ("rules", "told"),
+    [
+        ({"epsilon_caps": 3}, "epsilon_caps"),
+        ({"release": ["everywhere"]}, "release"),
+        ({"epsilon_cap": 0}, "epsilon_cap"),
+        ({"min_silos": 2}, "allow_two_silo_sum"),
+        ({"networks": ["UNETR"]}, "networks"),
+    ],
+)
+def test_a_policy_that_cannot_hold_is_refused_by_helm(helm: Callable[..., Any], rules: dict[str, Any], told: str) -> None:
+    done = helm("template", "r", str(CHARTS / "silo-agent"), values=HOSPITAL | {"policy": {"rules": rules}})
+    assert done.returncode != 0 and told in done.stderr
+    with pytest.raises(SettingsError, match=told):
+        parse_policy(yaml.safe_dump(rules).encode())
 
 
 def test_the_coordinators_file_is_the_enrolment_file(render: Render) -> None:

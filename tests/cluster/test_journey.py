@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,12 @@ def test_the_run_completes(federation: Federation, kube: Kube) -> None:
     federation.until_round("tiny", 1, 600)
     kube.kubectl("get", "federationruns,silos", "-n", NS, "-o", "wide")
     status = federation.until_completed("tiny", 600)
-    assert status["silos"] == 3 and status["progress"] == "4/4" and status["conditions"][0]["status"] == "True"
+    assert (
+        status["silos"] == 3
+        and status["progress"] == "4/4"
+        and status["epsilon"] == "unbounded"
+        and status["conditions"][0]["status"] == "True"
+    )
     kube.kubectl("get", "federationruns,silos", "-n", NS, "-o", "wide")
     kube.kubectl("describe", "federationrun", "tiny", "-n", NS)
 
@@ -134,6 +140,25 @@ def test_policies_hold(federation: Federation, kube: Kube) -> None:
     kube.kubectl("delete", "pod", "stranger", "-n", at(silo), "--now")
 
 
+def test_policies_hold_where_trainers_are_jobs_and_at_the_coordinator(federation: Federation, kube: Kube) -> None:
+    """What calls itself a trainer reaches its own hospital's desk; whoever does not, nothing; and mlflow calls nobody."""
+    silo = JOBS[0]
+    desks = {name: f"{address(kube, at(name), 'silo-agent')}:8444" for name in NAMES}
+    aggregator, mlflow = f"{address(kube, NS, 'aggregator')}:443", f"{address(kube, NS, 'mlflow')}:5000"
+    api, metrics = f"{address(kube, 'default', 'kubernetes')}:443", f"{address(kube, NS, 'aggregator')}:9464"
+    everything = (*desks.values(), aggregator, mlflow, api, metrics)
+    trainer = stranger(trainers_of(silo), "trainer")
+    trainer["metadata"]["labels"] = {"app.kubernetes.io/name": "silo-trainer"}
+    places = ((trainers_of(silo), "trainer"), (trainers_of(silo), "stranger"), (NS, "stranger"))
+    kube.apply(trainer, *(stranger(namespace, name) for namespace, name in places[1:]))
+    for namespace, name in places:
+        kube.kubectl("wait", "-n", namespace, "--for=condition=Ready", f"pod/{name}", "--timeout=60s")
+        seen = probe(kube, namespace, name, *everything)
+        assert {target for target, how in seen.items() if how == "open"} == ({desks[silo]} if name == "trainer" else set()), name
+        kube.kubectl("delete", "pod", name, "-n", namespace, "--now")
+    assert set(probe(kube, NS, kube.pod(NS, "mlflow"), *everything).values()) == {"closed"}
+
+
 def stranger(namespace: str, name: str, **volumes: Any) -> dict[str, Any]:
     """A pod that nobody invited."""
     security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
@@ -195,7 +220,10 @@ def scheduled(kube: Kube, namespace: str, name: str) -> str:
 
 
 def test_killed_aggregator_agent_and_trainer_mid_round(federation: Federation, kube: Kube) -> None:
-    federation.run("long", LONG)
+    federation.run("long", LONG, state="Paused")
+    kube.until("the pause", lambda: federation.status("long").get("phase") == "Paused", 120)
+    assert federation.status("long")["round"] == 0
+    kube.kubectl("patch", "federationrun", "long", "-n", NS, "--type=merge", "-p", '{"spec":{"state":"Running"}}')
     federation.until_round("long", 2)
     kube.kubectl("delete", "pod", kube.pod(NS, "aggregator"), "-n", NS, "--grace-period=0", "--force")
     federation.until_round("long", 4)
@@ -220,22 +248,52 @@ def test_upgrade_and_rollback_mid_run_lose_nothing(federation: Federation, kube:
     assert federation.until_completed("upgraded", 600)["progress"] == "10/10"
 
 
-def test_a_gpu_that_no_node_has_is_told_to_it_and_coordinator(federation: Federation, kube: Kube) -> None:
-    silo = JOBS[1]
-    values = federation.silo_values(silo)
-    values["trainer"] = values["trainer"] | {"gpu": {"count": 1}}
-    kube.helm("upgrade", "silo", str(CHARTS / "silo-agent"), "-n", at(silo), "--wait", values=values)
-    federation.run("gpu", PLAN | {"name": "gpu"})
+def test_what_keeps_a_trainer_from_its_work_is_told_apart_and_mended(federation: Federation, kube: Kube) -> None:
+    """Image pull, out of memory, unschedulable, evicted: each at the hospital and at the coordinator, and none ends the run."""
+    silo, trainers = JOBS[1], trainers_of(JOBS[1])
+    good = federation.silo_values(silo)
 
-    def told() -> bool:
-        return "Insufficient nvidia.com/gpu" in kube.get("silos", silo, NS).get("status", {}).get("activity", "")
+    def changed(**values: Any) -> None:
+        image = {"image": good["image"] | {"pullPolicy": "IfNotPresent"}}
+        kube.helm("upgrade", "silo", str(CHARTS / "silo-agent"), "-n", at(silo), values=good | image | values)
+        kube.kubectl("rollout", "status", "deploy/silo-agent", "-n", at(silo), "--timeout=120s", quiet=True)
 
-    kube.until("the coordinator to see it", told, 120)
-    assert "Insufficient nvidia.com/gpu" in federation.silo(silo, "status")
-    kube.kubectl("get", "silos", "-n", NS)
+    def told(word: str) -> None:
+        def everywhere() -> bool:
+            run, seen = federation.status("troubled"), kube.get("silos", silo, NS).get("status", {})
+            return word in seen.get("activity", "") and f"{silo}: queued" in run["message"] and word in run["message"]
+
+        kube.until(f"the coordinator to see {word!r}", everywhere, 180)
+        assert word in federation.silo(silo, "status")
+        kube.kubectl("get", "federationruns,silos", "-n", NS, "-o", "wide")
+
+    federation.run("troubled", LONG | {"name": "troubled"})
+    federation.until_round("troubled", 1)
+    changed(trainerImage={"tag": "misspelt"})
+    kube.kubectl("delete", "pod", kube.pod(trainers, "silo-trainer"), "-n", trainers, "--now")  # it is warm, and needs no image
+    told("image cannot be pulled")
+    changed(trainer=good["trainer"] | {"resources": {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "128Mi"}}})
+    told("OOMKilled")
+    changed(trainer=good["trainer"] | {"gpu": {"count": 1}})
+    told("Insufficient nvidia.com/gpu")
     patch = '[{"op":"add","path":"/status/capacity/nvidia.com~1gpu","value":"1"}]'
     kube.kubectl("patch", "node", "node1", "--subresource=status", "--type=json", "-p", patch)
-    assert federation.until_completed("gpu", 600)["progress"] == "4/4"
+    pod = kube.until("a trainer at work", lambda: running(kube, trainers, "silo-trainer"), 180)
+    with suppress(Failed):  # the exec dies with its pod
+        kube.kubectl("exec", pod, "-n", trainers, "--", "sh", "-c", "head -c 2300M /dev/zero >/tmp/full; sleep 60", timeout_s=120)
+    kube.until("an eviction", lambda: evicted(kube, trainers, pod), 120)
+    assert federation.until_completed("troubled", 600)["progress"] == "10/10"
+    log = kube.kubectl("logs", "deploy/silo-agent", "-c", "silo-agent", "-n", at(silo), quiet=True)
+    assert "the last trainer ended: evicted" in log, log
+
+
+def running(kube: Kube, namespace: str, app: str) -> str:
+    pod = kube.pod(namespace, app)
+    return pod if pod and kube.get("pod", pod, namespace)["status"].get("phase") == "Running" else ""
+
+
+def evicted(kube: Kube, namespace: str, pod: str) -> bool:
+    return bool(kube.get("pod", pod, namespace).get("status", {}).get("reason") == "Evicted")
 
 
 def test_a_bad_plan_makes_nothing(federation: Federation, kube: Kube) -> None:

@@ -99,3 +99,9 @@ def test_a_policy_that_does_not_hold_is_never_the_default(text, told):
 def test_a_policy_that_is_named_but_missing_is_never_the_default(tmp_path):
     with pytest.raises(SettingsError, match="cannot read the policy"):
         load_policy(tmp_path / "policy.yaml")
+
+
+def test_a_small_number_as_helm_and_people_write_it():
+    assert parse_policy(b"delta: 1e-05").delta == parse_policy(b"delta: 1.0e-5").delta == 1e-5
+    with pytest.raises(SettingsError, match="delta"):
+        parse_policy(b"delta: e-05")

@@ -1,5 +1,7 @@
 """The trainer as a Job: never two, whoever dies when; and what a pod waits for is told apart."""
 
+import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,42 @@ def test_a_job_that_is_over_gets_a_successor_with_another_token(door: Door) -> N
         over(kube, door.lease, how)
         assert helper.ensure()
     assert door.lease == 3 and door.lease_token(3) != door.lease_token(1)
+
+
+def test_a_job_that_waits_for_what_was_changed_since_is_replaced_and_one_at_work_is_not(door: Door) -> None:
+    """IT mends a misspelt image: the agent starts anew with another template, and its Job of before would wait for ever."""
+    kube = FakeKube()
+    agent(kube, door).ensure()
+    pod(kube, phase="Pending", containerStatuses=[{"state": {"waiting": {"reason": "ImagePullBackOff"}}}])
+    mended = copy.deepcopy(TEMPLATE)
+    mended["spec"]["template"]["spec"]["containers"][0]["image"] = "there"
+    helper = JobHelper(kube, mended, "leuven", door, b"PEM")
+    helper.ensure()
+    assert not [path for path in kube.objects if path.startswith(JOBS)] and "settings changed" in helper.situation
+    assert helper.ensure() and [path for path in kube.objects if path.startswith(JOBS)] == [f"{JOBS}/wr-leuven-2"]
+    pod(kube, phase="Running")
+    kube.objects[f"{PODS}/p"]["metadata"]["labels"]["job-name"] = "wr-leuven-2"
+    again = agent(kube, door)  # the first template once more
+    assert not again.ensure() and again.situation == "" and f"{JOBS}/wr-leuven-2" in kube.objects
+
+
+def test_a_trainer_that_fails_at_once_is_started_less_and_less_often(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, starts = [1000.0], []
+    monkeypatch.setattr(module, "RESTART_WAIT_S", 10.0)
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    kube = FakeKube()
+    helper = agent(kube, door)
+    for _ in range(1200):
+        if helper.ensure():
+            starts.append(now[0])
+            over(kube, door.lease, "Failed")
+        now[0] += 1
+    assert [round(later - earlier) for earlier, later in pairwise(starts)] == [10, 20, 40, 80, 160, 300, 300]
+    now[0] += module.STEADY_S
+    assert helper.ensure()
+    over(kube, door.lease, "Failed")
+    now[0] += module.STEADY_S  # it worked that long
+    assert helper.ensure()
 
 
 def test_stop_frees_the_gpu_and_leave_does_not(door: Door) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tenseal import sealapi
 
 from aggregator.services.statements import MAX_TEXT_CHARS
-from silo_agent.round import Stance
+from silo_agent.round import Stance, next_row
 from silo_agent.secure_sum.encryption import decrypt, encrypt, new_secret_key
 from silo_agent.work import IngestResult
 from tests.silo_agent.world import HE, LAYOUT, RUN, SILOS, UPDATE, World, added
@@ -49,6 +49,21 @@ def test_a_round_from_invitation_to_report(world: World) -> None:
     assert (report.round, report.model_mac) == (1, model["mac"]) and model["mac"] != world.state.model(RUN, 0)["mac"]
     assert world.posted == ["join", "epoch-ack", "seal", "model-report"]
     assert len(world.client.uploads) == 1
+
+
+def test_a_paused_silo_joins_nothing_trains_nothing_and_says_why(world: World) -> None:
+    world.state.pause("the scanner moves")
+    assert world.due(world.invited()) == "no new run" and world.client.sent == 0
+    world.agent.inbox.changed.set()
+    world.agent.perform(next_row(world.state.facts(RUN), world.agent._offered(world.invited())), world.invited())
+    assert world.agent._request().activity == "paused the scanner moves"
+    world.state.pause("")
+    world.joined()
+    world.steps(world.open(), "evaluate")
+    world.state.pause("again")
+    assert world.due(world.open()) == "paused"
+    world.state.pause("")
+    assert world.due(world.open()) == "open event"
 
 
 # --- plans that are not joined -------------------------------------------------------------------------------------------------

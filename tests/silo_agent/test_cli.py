@@ -1,8 +1,10 @@
 """What hospital IT types, beside an agent that may be running: answers on stdout, errors on one line, never a traceback."""
 
 import json
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,18 @@ def test_status_of_a_hospital_that_never_ran(typed: Typed) -> None:
     assert status == 0 and (facts["silo"], facts["federation"]) == ("leuven", "neuro")
     assert (facts["activity"], facts["runs"], facts["roster_version"]) == ("never started", [], 0)
     assert "never started" in typed("status")[1]
+
+
+def test_a_pause_has_a_reason_and_lasts_until_resumed(hospital: Hospital, typed: Typed) -> None:
+    assert "the reason is empty" in refused(typed("pause", " "))
+    assert typed("pause", "the scanner\nmoves")[0] == 0
+    assert hospital.state.paused() == "the scanner moves"
+    assert hospital.state.facts("tiny-1").paused  # what the table decides on
+    assert json.loads(typed("status", "--json")[1])["paused"] == "the scanner moves"
+    assert typed("resume")[0] == 0
+    assert hospital.state.paused() == "" and "paused" not in typed("status")[1]
+    with closing(sqlite3.connect(hospital.settings.data / "state.sqlite")) as db:
+        assert [kind for (kind,) in db.execute("SELECT kind FROM audit ORDER BY seq")][-2:] == ["paused", "resumed"]
 
 
 def test_status_says_what_runs_and_why_something_was_refused(hospital: Hospital, typed: Typed) -> None:

@@ -155,6 +155,18 @@ def test_a_seal_is_given_only_for_a_set_with_ones_own_upload() -> None:
     assert decide(facts, offered("SEALED", 1, in_u3=True)) is Action.SEAL
 
 
+def test_while_it_is_paused_nothing_new_begins_and_what_was_trained_goes_out() -> None:
+    assert decide(Facts(Stance.UNKNOWN, paused=True), offered("INVITED")) is Action.WAIT
+    assert decide(Facts(Stance.REFUSING, paused=True), offered("INVITED")) is Action.REFUSE
+    paused = replace(JOINED, evaluated_round=0, paused=True)
+    assert decide(paused, offered("OPEN", 1)) is Action.WAIT
+    begun = replace(paused, event_round=1)
+    assert decide(begun, offered("OPEN", 1)) is Action.TRAIN
+    assert decide(replace(begun, update_round=1), offered("OPEN", 1)) is Action.ENCODE
+    assert decide(paused, offered("OPEN", ROUNDS + 1)) is Action.ENCODE  # the closing round trains nothing
+    assert decide(paused, offered("EVALUATING", 1, summed_rounds=frozenset({1}))) is Action.APPLY
+
+
 def every_pair() -> list[tuple[Facts, Offered]]:
     phases = ["IDLE", "INVITED", "WAITING", "KEYING", "OPEN", "SEALED", "EVALUATING", "COMPLETED", "FAILED", "ABORTED"]
     stances, small = list(Stance), [-1, 0, 1]
@@ -170,6 +182,7 @@ def every_pair() -> list[tuple[Facts, Offered]]:
             phases, [0, 1, 2], [False, True], [((), 0, 0), ((1,), 1, 0), ((), 1, 1)]
         )
     ]
+    facts += [replace(one, paused=True) for one in facts if one.stance in (Stance.UNKNOWN, Stance.JOINED)]
     return list(product(facts, offers))
 
 
