@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from silo_agent import scrutiny
+from silo_agent import release, scrutiny
 from silo_agent.budget import Budget
 from silo_agent.config import Settings
 from silo_agent.custody.keys import SiloKeys
@@ -215,8 +215,7 @@ class Agent:
 
     def _initialize(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
-        result = self._helped(offer, TrainerWork("initialize", run.plan))
-        assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
+        result = self._trained(offer, TrainerWork("initialize", run.plan))
         model = GlobalModel.initial(result.values, run.layout)
         exponents = start_bounds(np.frombuffer(result.values, dtype="<f4"), run.layout)
         self._keep_model(run, 0, model, exponents, [], model_mac(initial_digest_key(run.id), run.layout, model.parameters))
@@ -312,8 +311,7 @@ class Agent:
             event, noise_key = budgeted
             declared = self.settings.dataset(run.plan.dataset).declared_patients
             work = replace(work, random_key=noise_key, noise_multiplier=event.noise_multiplier, declared_patients=declared)
-        result = self._helped(offer, work)
-        assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
+        result = self._trained(offer, work)
         if len(result.values) != run.layout.num_bytes:
             raise MessageError(f"the trainer delivered {len(result.values)} bytes, the layout has {run.layout.num_bytes}")
         self.state.update_made(run.id, round_, self.spool.put(result.values), result.num_patients)
@@ -418,6 +416,7 @@ class Agent:
             ctx=ctx,
             sum_digest=total.digest,
             means=json.dumps(checked.means),
+            declared=json.dumps(sealable.declared),
             saturated=saturated,
         )
 
@@ -425,14 +424,17 @@ class Agent:
         run = self._run(offer.run)
         parameters = self._model(run, run.model_round).parameters
         work = TrainerWork("evaluate", run.plan, run.model_round, parameters, self._snapshot_folder(run))
-        result = self._helped(offer, work)
-        assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
+        result = self._trained(offer, work)
         self.state.evaluated(run.id, run.model_round, json.dumps(result.metrics), result.num_patients)
 
     def _report(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
         model = self.state.model(run.id, run.model_round)
         own = json.loads(model["metrics"]) if model["metrics"] and self.policy.metrics == "per_silo" else {}
+
+        def parameters() -> bytes:
+            return self._model(run, run.model_round).parameters
+
         body = pb.ModelReport(
             round=run.model_round,
             model_mac=model["mac"],
@@ -442,9 +444,26 @@ class Agent:
             means_of_round=run.model_round - 1,
             own={name: round(value, 3) for name, value in own.items()},
             saturated_fraction=model["saturated"],
+            parameters_digest=release.signed_digest(run, parameters, self.policy, self.state.seeded(run.id)),
         )
         signed = self._post("model-report", model["ctx"], body)
         self.state.reported(run.id, run.model_round, statement_digest(signed))
+
+    def _release(self, offer: pb.Offer) -> None:
+        """Make the bundle of the final model and send it, where plan and policy agree to that."""
+        run = self._run(offer.run)
+        if (why := release.withheld(run.plan, self.policy, self.state.seeded(run.id))) is not None:
+            raise PolicyRefusal(f"the aggregator asks for the bundle of {run.id}: {why}; nothing is sent")
+        if self.state.bundle(run.id) is None:
+            ctx, parameters = run_ctx(self.federation, run.id, run.plan.digest), self._model(run, run.model_round).parameters
+            release.make_bundle(
+                run, parameters, self.state, self.spool, lambda work: self._trained(offer, work),
+                lambda body: sign("bundle", ctx, body, self.silo, self.keys.identity),
+            )  # fmt: skip
+        row = self.state.bundle(run.id)
+        assert row is not None  # noqa: S101 - kept above
+        self.membership.dial().upload(pb.Signed.FromString(row["statement"]), self.spool.get(row["content"]))
+        self.state.bundle_sent(run.id)
 
     def _close(self, offer: pb.Offer) -> None:
         row = self.state.run(offer.run)
@@ -529,6 +548,11 @@ class Agent:
         signed = sign(message, ctx, body, self.silo, self.keys.identity)
         self.membership.dial().post(signed)
         return signed
+
+    def _trained(self, offer: pb.Offer, work: TrainerWork) -> TrainerResult:
+        result = self._helped(offer, work)
+        assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
+        return result
 
     def _helped(self, offer: pb.Offer, work: TrainerWork | IngestWork) -> TrainerResult | IngestResult:
         """Have a helper do it. Raises Superseded when the offer moved past it, and what the helper failed with."""
