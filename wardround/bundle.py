@@ -197,8 +197,11 @@ def model_card(released: Released) -> str:
 
 def _provenance(released: Released) -> list[str]:
     signers = ", ".join(released.signed_by) or "the silos of the run; this copy was exported by one of them"
+    plan = f"- plan {digest_name(released.plan.digest)}"
+    if not released.parameters_digest:
+        return [plan, "- the parameters stay at the silos: `silo-agent model export` writes them there"]
     return [
-        f"- plan {digest_name(released.plan.digest)}",
+        plan,
         f"- arrays {digest_name(released.parameters_digest)}, signed by {signers}",
         "- `models/model.safetensors` holds exactly the signed arrays. `models/model.pt` is the same for "
         "`monai.bundle.load`, written "
