@@ -44,6 +44,7 @@ from wardround.plan import parse_plan
 
 MIN_VALIDATION_PATIENTS = 10  # below it a silo adds nothing to the cohort's metrics: a mean over few patients says too much
 HELPER_CHECK_S = 1.0
+REPORTED = (Action.TRAIN, Action.ENCODE, Action.UPLOAD, Action.APPLY, Action.EVALUATE)  # how long they take leaves the hospital
 MAX_REASON_CHARS = 500  # of a Refusal; the aggregator takes one line of at most that
 SUM_REFUSED = "the published sum failed the check; the agent's log says how"
 SEEDED_NOTE = "randomness came from a seed: reproducible, not private"
@@ -75,6 +76,7 @@ class Agent:
         self.keyring = Keyring(keys, state, self.spool, self.membership)
         self.inbox = Inbox(self._request, self.membership.dial, self.membership.attend)
         self._activity = ""
+        self._seconds: dict[str, float] = {}  # phase -> since the last report
 
     # --- the loop --------------------------------------------------------------------------------------------------------------
 
@@ -112,9 +114,13 @@ class Agent:
         started = time.monotonic()
         self._be(row.action.value, f"round {offer.facts.round}" if offer.facts.round else offer.run)
         getattr(self, f"_{row.action.value}")(offer)
-        log.info(
-            "done", action=row.action.value, run=offer.run, round=offer.facts.round, seconds=round(time.monotonic() - started, 2)
-        )
+        seconds = time.monotonic() - started
+        if row.action in REPORTED:
+            self._took(row.action.value, seconds)
+        log.info("done", action=row.action.value, run=offer.run, round=offer.facts.round, seconds=round(seconds, 2))
+
+    def _took(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def _wait(self, row: Row, offer: pb.Offer) -> None:
         """Until there is another offer or other trouble."""
@@ -429,6 +435,8 @@ class Agent:
 
     def _report(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
+        self.state.measured(run.id, run.model_round, json.dumps({name: round(value, 2) for name, value in self._seconds.items()}))
+        self._seconds = {}
         model = self.state.model(run.id, run.model_round)
         own = json.loads(model["metrics"]) if model["metrics"] and self.policy.metrics == "per_silo" else {}
 
@@ -443,6 +451,7 @@ class Agent:
             means=json.loads(model["means"]),
             means_of_round=run.model_round - 1,
             own={name: round(value, 3) for name, value in own.items()},
+            seconds=json.loads(model["seconds"]),
             saturated_fraction=model["saturated"],
             parameters_digest=release.signed_digest(run, parameters, self.policy, self.state.seeded(run.id)),
         )
@@ -563,6 +572,7 @@ class Agent:
                 log.info("helper started", program=helper.program)
             if helper.situation:
                 self._be("queued", helper.situation)
+                self._took("wait_gpu", HELPER_CHECK_S)
             result = self.desk.wait(work_id, HELPER_CHECK_S)
             if result is not None:
                 return result

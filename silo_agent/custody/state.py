@@ -410,6 +410,11 @@ class State:
                 (metrics, num_validation, run, round_),
             )
 
+    def measured(self, run: str, round_: int, seconds: str) -> None:
+        """How long it all took, before the first report says so: a second report says the same."""
+        with self._transaction() as db:
+            db.execute("UPDATE models SET seconds = ? WHERE run = ? AND round = ? AND seconds = '{}'", (seconds, run, round_))
+
     def reported(self, run: str, round_: int, digest: bytes) -> None:
         with self._transaction() as db:
             db.execute("UPDATE models SET reported = 1 WHERE run = ? AND round <= ?", (run, round_))
