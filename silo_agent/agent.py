@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from silo_agent import scrutiny
+from silo_agent import release, scrutiny
 from silo_agent.budget import Budget
 from silo_agent.config import Settings
 from silo_agent.custody.keys import SiloKeys
@@ -44,6 +44,7 @@ from wardround.plan import parse_plan
 
 MIN_VALIDATION_PATIENTS = 10  # below it a silo adds nothing to the cohort's metrics: a mean over few patients says too much
 HELPER_CHECK_S = 1.0
+REPORTED = (Action.TRAIN, Action.ENCODE, Action.UPLOAD, Action.APPLY, Action.EVALUATE)  # how long they take leaves the hospital
 MAX_REASON_CHARS = 500  # of a Refusal; the aggregator takes one line of at most that
 SUM_REFUSED = "the published sum failed the check; the agent's log says how"
 SEEDED_NOTE = "randomness came from a seed: reproducible, not private"
@@ -76,6 +77,7 @@ class Agent:
         self.inbox = Inbox(self._request, self.membership.dial, self.membership.attend)
         self._activity = ""
         self._doing = ("decide", "")
+        self._seconds: dict[str, float] = {}  # phase -> since the last report
 
     # --- the loop --------------------------------------------------------------------------------------------------------------
 
@@ -114,9 +116,13 @@ class Agent:
         self._doing = (row.action.value, f"round {offer.facts.round}" if offer.facts.round else offer.run)
         self._be(*self._doing)
         getattr(self, f"_{row.action.value}")(offer)
-        log.info(
-            "done", action=row.action.value, run=offer.run, round=offer.facts.round, seconds=round(time.monotonic() - started, 2)
-        )
+        seconds = time.monotonic() - started
+        if row.action in REPORTED:
+            self._took(row.action.value, seconds)
+        log.info("done", action=row.action.value, run=offer.run, round=offer.facts.round, seconds=round(seconds, 2))
+
+    def _took(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def _wait(self, row: Row, offer: pb.Offer) -> None:
         """Until there is another offer or other trouble."""
@@ -219,8 +225,7 @@ class Agent:
 
     def _initialize(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
-        result = self._helped(offer, TrainerWork("initialize", run.plan))
-        assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
+        result = self._trained(offer, TrainerWork("initialize", run.plan))
         model = GlobalModel.initial(result.values, run.layout)
         exponents = start_bounds(np.frombuffer(result.values, dtype="<f4"), run.layout)
         self._keep_model(run, 0, model, exponents, [], model_mac(initial_digest_key(run.id), run.layout, model.parameters))
@@ -316,8 +321,7 @@ class Agent:
             event, noise_key = budgeted
             declared = self.settings.dataset(run.plan.dataset).declared_patients
             work = replace(work, random_key=noise_key, noise_multiplier=event.noise_multiplier, declared_patients=declared)
-        result = self._helped(offer, work)
-        assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
+        result = self._trained(offer, work)
         if len(result.values) != run.layout.num_bytes:
             raise MessageError(f"the trainer delivered {len(result.values)} bytes, the layout has {run.layout.num_bytes}")
         self.state.update_made(run.id, round_, self.spool.put(result.values), result.num_patients)
@@ -422,6 +426,7 @@ class Agent:
             ctx=ctx,
             sum_digest=total.digest,
             means=json.dumps(checked.means),
+            declared=json.dumps(sealable.declared),
             saturated=saturated,
         )
 
@@ -429,14 +434,19 @@ class Agent:
         run = self._run(offer.run)
         parameters = self._model(run, run.model_round).parameters
         work = TrainerWork("evaluate", run.plan, run.model_round, parameters, self._snapshot_folder(run))
-        result = self._helped(offer, work)
-        assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
+        result = self._trained(offer, work)
         self.state.evaluated(run.id, run.model_round, json.dumps(result.metrics), result.num_patients)
 
     def _report(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
+        self.state.measured(run.id, run.model_round, json.dumps({name: round(value, 2) for name, value in self._seconds.items()}))
+        self._seconds = {}
         model = self.state.model(run.id, run.model_round)
         own = json.loads(model["metrics"]) if model["metrics"] and self.policy.metrics == "per_silo" else {}
+
+        def parameters() -> bytes:
+            return self._model(run, run.model_round).parameters
+
         body = pb.ModelReport(
             round=run.model_round,
             model_mac=model["mac"],
@@ -445,10 +455,28 @@ class Agent:
             means=json.loads(model["means"]),
             means_of_round=run.model_round - 1,
             own={name: round(value, 3) for name, value in own.items()},
+            seconds=json.loads(model["seconds"]),
             saturated_fraction=model["saturated"],
+            parameters_digest=release.signed_digest(run, parameters, self.policy, self.state.seeded(run.id)),
         )
         signed = self._post("model-report", model["ctx"], body)
         self.state.reported(run.id, run.model_round, statement_digest(signed))
+
+    def _release(self, offer: pb.Offer) -> None:
+        """Make the bundle of the final model and send it, where plan and policy agree to that."""
+        run = self._run(offer.run)
+        if (why := release.withheld(run.plan, self.policy, self.state.seeded(run.id))) is not None:
+            raise PolicyRefusal(f"the aggregator asks for the bundle of {run.id}: {why}; nothing is sent")
+        if self.state.bundle(run.id) is None:
+            ctx, parameters = run_ctx(self.federation, run.id, run.plan.digest), self._model(run, run.model_round).parameters
+            release.make_bundle(
+                run, parameters, self.state, self.spool, lambda work: self._trained(offer, work),
+                lambda body: sign("bundle", ctx, body, self.silo, self.keys.identity),
+            )  # fmt: skip
+        row = self.state.bundle(run.id)
+        assert row is not None  # noqa: S101 - kept above
+        self.membership.dial().upload(pb.Signed.FromString(row["statement"]), self.spool.get(row["content"]))
+        self.state.bundle_sent(run.id)
 
     def _close(self, offer: pb.Offer) -> None:
         row = self.state.run(offer.run)
@@ -534,6 +562,11 @@ class Agent:
         self.membership.dial().post(signed)
         return signed
 
+    def _trained(self, offer: pb.Offer, work: TrainerWork) -> TrainerResult:
+        result = self._helped(offer, work)
+        assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
+        return result
+
     def _helped(self, offer: pb.Offer, work: TrainerWork | IngestWork) -> TrainerResult | IngestResult:
         """Have a helper do it. Raises Superseded when the offer moved past it, and what the helper failed with."""
         helper = self.helpers["trainer" if isinstance(work, TrainerWork) else "ingest"]
@@ -541,6 +574,8 @@ class Agent:
         while True:
             if helper.ensure():
                 log.info("helper started", program=helper.program)
+            if helper.situation:
+                self._took("wait_gpu", HELPER_CHECK_S)
             self._be(*(("queued", helper.situation) if helper.situation else self._doing))
             result = self.desk.wait(work_id, HELPER_CHECK_S)
             if result is not None:

@@ -5,6 +5,7 @@ door, and every later stage takes a Plan.
 """
 
 import re
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -350,6 +351,19 @@ def load_plan(path: Path) -> Plan:
         return parse_plan(path.read_bytes())
     except OSError as error:
         raise PlanError(f"cannot read the plan: {error.strerror}") from None
+
+
+def flattened(plan: Plan) -> dict[str, str]:
+    """The plan with every default, one level deep: `training.optimizer.momentum`; a list is one JSON value."""
+
+    def flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                yield from flat(f"{prefix}.{key}" if prefix else key, part)
+        else:
+            yield prefix, value if isinstance(value, str) else canonical_json(value).decode()
+
+    return dict(flat("", plan.model_dump(mode="json")))
 
 
 def explain(error: ValidationError) -> str:

@@ -75,6 +75,7 @@ CREATE TABLE IF NOT EXISTS models (
     ctx BLOB CHECK (length(ctx) = 32),           -- of the attempt whose sum it came from; NULL for the initial model
     sum_digest BLOB,                             -- of the sum it came from; NULL for the initial model
     means TEXT NOT NULL DEFAULT '{}',            -- JSON: cohort means that came out of the sum (they measure the round before)
+    declared TEXT NOT NULL DEFAULT '{}',         -- JSON: silo -> declared patients, of the silos of that sum; empty if restored
     saturated REAL NOT NULL DEFAULT 0,           -- fraction of the cohort's values that saturated, 0..1
     metrics TEXT,                                -- JSON: this silo's validation metrics; NULL until evaluated
     num_validation INTEGER,                      -- patients behind `metrics`
@@ -106,6 +107,14 @@ CREATE TABLE IF NOT EXISTS attempts (
     seal BLOB,                                   -- the signed Seal, exactly as sent
     seal_sent INTEGER NOT NULL DEFAULT 0 CHECK (seal_sent IN (0, 1)),
     PRIMARY KEY (run, round, attempt)
+) STRICT;
+
+-- The bundle of a run's final model, if this silo was asked to make it.
+CREATE TABLE IF NOT EXISTS bundles (
+    run TEXT PRIMARY KEY REFERENCES runs,
+    content TEXT NOT NULL,                       -- hex digest of what is uploaded
+    statement BLOB NOT NULL,                     -- the signed Bundle, exactly as sent
+    sent INTEGER NOT NULL DEFAULT 0 CHECK (sent IN (0, 1))
 ) STRICT;
 
 -- What the agent is doing, for `silo-agent status`: one row.
@@ -299,6 +308,7 @@ class State:
             encoded=attempt("TRUE"),
             uploaded=attempt("uploaded = 1"),
             sealed=attempt("seal_sent = 1"),
+            released=newest("bundles", "sent", "sent = 1") is not None,
         )
 
     def judged(self, run: str, plan: bytes, plan_digest: bytes, code: str | None, reason: str) -> None:
@@ -397,14 +407,15 @@ class State:
 
     def needed(self, run: str) -> set[str]:
         """Hex digests of what a later step may still ask for: each run's newest model, this run's update and uploads of the round
-        that follows it, and a checkpoint on its way."""
+        that follows it, and a checkpoint or bundle on its way."""
         models = self._all("SELECT state FROM models NATURAL JOIN runs WHERE round = model_round")
         following = "run = ? AND round = (SELECT model_round + 1 FROM runs WHERE run = ?)"
         updates = self._all(f"SELECT update_digest FROM events WHERE {following} AND update_digest NOT NULL", run, run)  # noqa: S608
         headers = self._all(f"SELECT header FROM attempts WHERE {following}", run, run)  # noqa: S608 - our words
         uploads = (pb.UploadHeader.FromString(pb.Signed.FromString(row["header"]).body).content_digest for row in headers)
         checkpoints = self._all("SELECT checkpoint FROM epochs WHERE run = ? AND told = 0 AND checkpoint NOT NULL", run)
-        return {*(row[0] for row in (*models, *updates, *checkpoints)), *(digest.hex() for digest in uploads)}
+        bundles = self._all("SELECT content FROM bundles WHERE sent = 0")
+        return {*(row[0] for row in (*models, *updates, *checkpoints, *bundles)), *(digest.hex() for digest in uploads)}
 
     def evaluated(self, run: str, round_: int, metrics: str, num_validation: int) -> None:
         with self._transaction() as db:
@@ -413,10 +424,35 @@ class State:
                 (metrics, num_validation, run, round_),
             )
 
+    def measured(self, run: str, round_: int, seconds: str) -> None:
+        """How long it all took, before the first report says so: a second report says the same."""
+        with self._transaction() as db:
+            db.execute("UPDATE models SET seconds = ? WHERE run = ? AND round = ? AND seconds = '{}'", (seconds, run, round_))
+
     def reported(self, run: str, round_: int, digest: bytes) -> None:
         with self._transaction() as db:
             db.execute("UPDATE models SET reported = 1 WHERE run = ? AND round <= ?", (run, round_))
             self._record(db, "model report", {"run": run, "round": round_, "statement": digest.hex()})
+
+    def seeded(self, run: str) -> bool:
+        """Whether any event of the run drew from a seed."""
+        return self._one("SELECT 1 FROM events WHERE run = ? AND seeded = 1 LIMIT 1", run) is not None
+
+    # --- the released model ----------------------------------------------------------------------------------------------------
+
+    def bundle(self, run: str) -> sqlite3.Row | None:
+        row: sqlite3.Row | None = self._one("SELECT * FROM bundles WHERE run = ?", run)
+        return row
+
+    def bundle_made(self, run: str, content: str, statement: bytes, parameters_digest: bytes) -> None:
+        """Its content is durable in the spool; no other will be made for this run."""
+        with self._transaction() as db:
+            db.execute("INSERT INTO bundles (run, content, statement) VALUES (?, ?, ?)", (run, content, statement))
+            self._record(db, "released", {"run": run, "parameters": parameters_digest.hex(), "content": content})
+
+    def bundle_sent(self, run: str) -> None:
+        with self._transaction() as db:
+            db.execute("UPDATE bundles SET sent = 1 WHERE run = ?", (run,))
 
     # --- training and uploads --------------------------------------------------------------------------------------------------
 

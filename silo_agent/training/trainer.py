@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from silo_agent.snapshot import Snapshot, read_snapshot
 from silo_agent.training.evaluation import evaluate
+from silo_agent.training.export import export
 from silo_agent.training.fedprox import Gradient, local_update
 from silo_agent.training.networks import as_bytes, build_network, initial_parameters, load_parameters
 from silo_agent.training.noise import round_randomness
@@ -46,6 +47,9 @@ def handle(work: TrainerWork) -> TrainerResult:
     began = time.monotonic()
     if work.kind == "initialize":
         return TrainerResult(values=start_of(work.plan), seconds=time.monotonic() - began)
+    if work.kind == "export":
+        pt, versions = export(work.plan, work.parameters)
+        return TrainerResult(values=pt, versions=versions, seconds=time.monotonic() - began)
     snapshot = _snapshot_of(work)
     device = prepare_device()
     network = network_of(work.plan, work.parameters, device)
