@@ -19,7 +19,7 @@ from silo_agent.work import TrainerWork
 from tests.training.support import HOSPITAL, KEY, plan, private_plan, write_snapshot
 from wardround.errors import DataError, IntegrityError, MessageError
 from wardround.layout import layout_of
-from wardround.plan import Optimizer
+from wardround.training import Optimizer
 
 
 @pytest.fixture(scope="module")
