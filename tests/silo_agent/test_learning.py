@@ -15,12 +15,18 @@ import pytest
 
 from silo_agent.custody.spool import Spool
 from silo_agent.custody.state import State
+from silo_agent.run import exponents_of
+from silo_agent.secure_sum.encryption import decrypt
+from silo_agent.secure_sum.packing import unpack
 from silo_agent.work import TrainerResult, TrainerWork
-from tests.silo_agent.world import MODEL, RUN, Helpers, World
+from tests.silo_agent.world import HE, MODEL, RUN, Helpers, World
 from tests.support.plans import TINY
 from wardround.canonical import canonical_json
+from wardround.chunks import MAX_SCALAR
+from wardround.ciphertexts import sum_chunks
 from wardround.errors import IntegrityError
-from wardround.layout import trained_layout
+from wardround.layout import layout_of, trained_layout
+from wardround.pb import federation_pb2 as pb
 from wardround.plan import Plan, parse_plan
 
 ROUNDS = (1, 2)
@@ -240,4 +246,45 @@ def test_algorithms_that_keep_nothing_leave_nothing_at_home(tmp_path: Path, trai
     world.sum_round()
     assert world.state.home(RUN, 99) is None and all(work.correction == b"" for work in world.helpers.trained)
     assert len(model(world, 1).moments) == of.training.moments
+    world.state.close()
+
+
+def opened(world: World, of: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """What the newest upload holds: its control chunk and its fields, read with the key that every silo has."""
+    content, size = world.client.uploads[-1], HE.upload_chunk_bytes
+    chunks = [sum_chunks(HE, [content[at : at + size]]) for at in range(0, len(content), size)]
+    coefficients = decrypt(HE, world.epochs[1].he_secret_key, b"".join(chunks))
+    return coefficients[0], unpack(coefficients[1:], layout_of(of).summed.num_parameters, HE)
+
+
+def test_an_upload_holds_nothing_that_stays_at_home(world: World) -> None:
+    """Every place of it is accounted for: the control map's, then what is federated, then its variates, and zeros."""
+    world.joined()
+    bounds = exponents_of(world.state.model(RUN, 0))
+    world.upload()
+    head, fields = opened(world, SCAFFOLD)
+    summed, trained = layout_of(SCAFFOLD).summed, trained_layout(SCAFFOLD)
+    assert not head[world.agent._run(RUN).control(1).used :].any()
+    steps = np.repeat([2.0**bound for bound in bounds], [array.size for array in summed.arrays]) / HE.zero_code
+    norms = np.repeat([array.norm for array in trained.arrays], [array.size for array in trained.arrays])
+    update = np.frombuffer(given_back(world.helpers.trained[-1]), "<f4")[~norms]
+    sent = (fields.astype(np.float64) - HE.zero_code) * steps
+    assert np.abs(sent - np.concatenate([update, -update])).max() < steps.max()  # the first variate is minus the update
+    assert summed.num_parameters == 2 * (trained.num_parameters - int(norms.sum()))
+
+
+def test_a_number_of_steps_is_in_the_sum_and_nowhere_else(tmp_path: Path) -> None:
+    """12 training patients of 20 declared: 12 steps where the reference has 20, as one encrypted integer; the header is as ever."""
+    value = json.loads(plan("algorithm: fednova").canonical())
+    value["training"] |= {"steps": 0, "epochs": 2.0}
+    of = parse_plan(canonical_json(value))
+    world = world_of(tmp_path, of)
+    world.joined()
+    world.upload()
+    head, _ = opened(world, of)
+    (scalar,) = head[world.agent._run(RUN).control(1).scalars]
+    assert int(scalar) == round(12 / 20 / MAX_SCALAR * HE.max_control)
+    header = pb.UploadHeader.FromString(world.client.headers[-1].body)
+    assert header.declared_patients == 20 and header.content_bytes == HE.upload_bytes(layout_of(of))
+    assert 12 not in [value for _, value in header.ListFields() if isinstance(value, int)]
     world.state.close()
