@@ -15,6 +15,7 @@ from silo_agent.algorithms.scaffold import Scaffold
 from silo_agent.secure_sum.global_model import GlobalModel
 from silo_agent.secure_sum.packing import Exponents, start_bounds
 from wardround import training
+from wardround.errors import IntegrityError, MessageError
 from wardround.layout import at_home, layout_of, trained_layout
 from wardround.plan import Plan
 
@@ -39,12 +40,15 @@ class Learning:
 
     def begin(self, values: bytes) -> tuple[GlobalModel, Exponents, Home]:
         """From the trainer's initial network: float32, little-endian, trained layout. The bounds are the first round's; a variate,
-        which has the size of an update, starts with its parameter's."""
+        which has the size of an update, starts with its parameter's. Raises MessageError for another size, IntegrityError for
+        NaN."""
+        if len(values) != 4 * self._split.stays.size:
+            raise MessageError(f"expected {4 * self._split.stays.size} bytes of parameters, got {len(values)}")
         federated, layers = self._split.apart(np.frombuffer(values, "<f4"))
         model = GlobalModel.initial(federated.tobytes(), self.layout)
         bounds = start_bounds(federated, replace(self.layout, variates=False))
         model = replace(model, moments=self.algorithm.start(model.theta))
-        return model, bounds * (2 if self.layout.variates else 1), Home(layers)
+        return model, bounds * (2 if self.layout.variates else 1), _finite(Home(layers))
 
     def home(self, data: bytes) -> Home:
         """Of what `Home.dump` gave. Raises IntegrityError for another size."""
@@ -64,11 +68,19 @@ class Learning:
         return self._split.whole(correction.astype(np.float32), np.zeros(self._num_layers, np.float32)).astype("<f4").tobytes()
 
     def trained(self, update: bytes, model: GlobalModel, home: Home, learning_rate: float) -> Home:
-        """What stays at home after the training that gave `update` (trained layout) from `model` and `home`."""
+        """What stays at home after the training that gave `update` (trained layout) from `model` and `home`. Raises IntegrityError
+        unless it is finite."""
         federated, layers = self._split.apart(np.frombuffer(update, "<f4"))
-        return Home(home.layers + layers, self.algorithm.next_variate(federated, model.moments, home.variate, learning_rate))
+        variate = self.algorithm.next_variate(federated, model.moments, home.variate, learning_rate)
+        return _finite(Home(home.layers + layers, variate))
 
     def share(self, update: bytes, home: Home, round_: Round) -> Share:
         """What goes into the sum. `home`: after training."""
         federated, _ = self._split.apart(np.frombuffer(update, "<f4"))
         return self.algorithm.share(federated, home.variate, round_)
+
+
+def _finite(home: Home) -> Home:
+    if not np.isfinite(home.layers).all() or (home.variate is not None and not np.isfinite(home.variate).all()):
+        raise IntegrityError("what stays at home would hold NaN or infinity: nothing was kept; lower the learning rate of the plan")
+    return home

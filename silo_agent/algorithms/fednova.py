@@ -15,6 +15,8 @@ out of the sum. With equal steps both factors are exactly 1, and every bit is Fe
 import numpy as np
 
 from silo_agent.algorithms.fedavg import FedAvg, Round, Share, Vectors, descend
+from wardround.chunks import MAX_SCALAR
+from wardround.errors import DataError
 
 
 class FedNova(FedAvg):
@@ -22,6 +24,11 @@ class FedNova(FedAvg):
 
     def share(self, update: np.ndarray, variate: np.ndarray | None, round_: Round) -> Share:
         own, reference = (self._distance(patients, round_.learning_rate) for patients in (round_.num_patients, round_.cap))
+        if own > MAX_SCALAR * reference:
+            raise DataError(
+                f"this hospital trains on more than {MAX_SCALAR:g} times the patients that any declared: nothing was sent; correct "
+                "declared_patients in the settings, for the next run"
+            )
         return Share(np.multiply(update, np.float32(reference / own)), (own / reference,))
 
     def step(self, theta: np.ndarray, moments: Vectors, mean: np.ndarray, scalars: tuple[float, ...]) -> tuple[np.ndarray, Vectors]:

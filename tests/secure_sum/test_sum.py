@@ -234,3 +234,33 @@ def test_the_mac_depends_on_layout_parameters_and_key() -> None:
         model_mac(b"k" * 32, LAYOUT, b"\1" + parameters[1:]),
     }
     assert len(macs) == 4
+
+
+SCALED = ControlMap(2, ("dice",), num_scalars=2)
+
+
+def with_scalars(silo: str, scalars: list[float]) -> np.ndarray:
+    encoded = encode(updates()[0], LAYOUT, (0, 0), DECLARED[silo] / CAP, silo.ljust(32).encode(), HE)
+    chunk = control_chunk(SCALED, silo, DECLARED[silo], encoded, None, CTX, SECRET, HE, scalars)
+    return upload_coefficients(chunk, encoded, HE)
+
+
+def test_scalars_add_up_and_a_shifted_one_is_noticed() -> None:
+    total = add([with_scalars(silo, [0.25, float(number)]) for number, silo in enumerate(DECLARED)])
+    checked = checked_sum(total, LAYOUT, SCALED, DECLARED, CTX, SECRET)
+    assert checked.scalars == pytest.approx((0.75, 3.0), abs=1e-10)
+    for at in (8, 9):
+        shifted = total.copy()
+        shifted[0, at] += np.uint64(1)
+        with pytest.raises(IntegrityError, match="linear check"):
+            checked_sum(shifted, LAYOUT, SCALED, DECLARED, CTX, SECRET)
+        shifted[0, at] = 3 * (2**37 - 1) + 1
+        with pytest.raises(IntegrityError, match=f"control integer {at} .* exceeds"):
+            checked_sum(shifted, LAYOUT, SCALED, DECLARED, CTX, SECRET)
+
+
+@pytest.mark.parametrize("scalar", [-0.001, 4.001, float("nan")])
+def test_a_scalar_beyond_its_place_is_not_sent(scalar: float) -> None:
+    with_scalars("leuven", [0.0, 4.0])
+    with pytest.raises(IntegrityError, match="too large for its place"):
+        with_scalars("leuven", [0.0, scalar])

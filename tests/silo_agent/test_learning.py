@@ -15,6 +15,7 @@ import pytest
 
 from silo_agent.custody.spool import Spool
 from silo_agent.custody.state import State
+from silo_agent.learning import Learning
 from silo_agent.run import exponents_of
 from silo_agent.secure_sum.encryption import decrypt
 from silo_agent.secure_sum.packing import unpack
@@ -24,7 +25,7 @@ from tests.support.plans import TINY
 from wardround.canonical import canonical_json
 from wardround.chunks import MAX_SCALAR
 from wardround.ciphertexts import sum_chunks
-from wardround.errors import IntegrityError
+from wardround.errors import IntegrityError, MessageError
 from wardround.layout import layout_of, trained_layout
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import Plan, parse_plan
@@ -288,3 +289,15 @@ def test_a_number_of_steps_is_in_the_sum_and_nowhere_else(tmp_path: Path) -> Non
     assert header.declared_patients == 20 and header.content_bytes == HE.upload_bytes(layout_of(of))
     assert 12 not in [value for _, value in header.ListFields() if isinstance(value, int)]
     world.state.close()
+
+
+def test_what_a_trainer_may_not_deliver() -> None:
+    learning = Learning(SCAFFOLD)
+    with pytest.raises(MessageError, match=f"expected {MODEL.nbytes} bytes of parameters, got {MODEL.nbytes - 4}"):
+        learning.begin(MODEL.tobytes()[4:])
+    model_, _, home_ = learning.begin(MODEL.tobytes())
+    for at in (0, 40):  # federated, and a norm's scale
+        update = np.zeros_like(MODEL)
+        update[at] = np.nan
+        with pytest.raises(IntegrityError, match="what stays at home would hold NaN"):
+            learning.trained(update.tobytes(), model_, home_, 0.1)
