@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from silo_agent import release, scrutiny
+from silo_agent.algorithms.at_home import Home
+from silo_agent.algorithms.fedavg import Round
 from silo_agent.budget import Budget
 from silo_agent.config import Settings
 from silo_agent.custody.keys import SiloKeys
@@ -29,7 +29,7 @@ from silo_agent.secure_sum.check import checked_sum, control_chunk, upload_coeff
 from silo_agent.secure_sum.checkpoint import Reported, read_checkpoint
 from silo_agent.secure_sum.encryption import decrypt, encrypt
 from silo_agent.secure_sum.global_model import GlobalModel, initial_digest_key, model_mac
-from silo_agent.secure_sum.packing import Exponents, bounds_digest, derive, encode, next_bounds, start_bounds
+from silo_agent.secure_sum.packing import Exponents, bounds_digest, derive, encode, next_bounds
 from silo_agent.telemetry import log
 from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork
 from wardround import PROTOCOL, PROTOCOL_OLDEST, VERSION
@@ -226,8 +226,8 @@ class Agent:
     def _initialize(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
         result = self._trained(offer, TrainerWork("initialize", run.plan))
-        model = GlobalModel.initial(result.values, run.layout)
-        exponents = start_bounds(np.frombuffer(result.values, dtype="<f4"), run.layout)
+        model, exponents, home = run.learning.begin(result.values)
+        self.state.keep_home(run.id, 0, self._put_home(home))
         self._keep_model(run, 0, model, exponents, [], model_mac(initial_digest_key(run.id), run.layout, model.parameters))
 
     def _join(self, offer: pb.Offer) -> None:
@@ -313,8 +313,9 @@ class Agent:
 
     def _train(self, offer: pb.Offer) -> None:
         run, round_ = self._run(offer.run), offer.facts.round
-        parameters = self._model(run, run.model_round).parameters
-        work = TrainerWork("train", run.plan, round_, parameters, self._snapshot_folder(run))
+        model, home = self._model(run, run.model_round), self._home(run, round_)
+        work = TrainerWork("train", run.plan, round_, run.learning.parameters(model, home), self._snapshot_folder(run))
+        work = replace(work, correction=run.learning.correction(model, home))
         if (budgeted := self._budgeted(run, round_)) is None:
             work = replace(work, random_key=derive(self.state.event(run.id, round_)["random_key"], b"wardround/training/1"))
         else:
@@ -322,9 +323,10 @@ class Agent:
             declared = self.settings.dataset(run.plan.dataset).declared_patients
             work = replace(work, random_key=noise_key, noise_multiplier=event.noise_multiplier, declared_patients=declared)
         result = self._trained(offer, work)
-        if len(result.values) != run.layout.num_bytes:
-            raise MessageError(f"the trainer delivered {len(result.values)} bytes, the layout has {run.layout.num_bytes}")
-        self.state.update_made(run.id, round_, self.spool.put(result.values), result.num_patients)
+        if len(result.values) != len(work.parameters):
+            raise MessageError(f"the trainer delivered {len(result.values)} bytes, the layout has {len(work.parameters)}")
+        stays = self._put_home(run.learning.trained(result.values, model, home, run.rate(round_)))
+        self.state.update_made(run.id, round_, self.spool.put(result.values), result.num_patients, stays)
         self.budget.close_event(run, round_)
 
     def _encode(self, offer: pb.Offer) -> None:
@@ -334,17 +336,19 @@ class Agent:
         if facts.cap < max(declared.values()):
             raise IntegrityError(f"the aggregator's cap of {facts.cap} is below a silo's declared patients")
         model = self.state.model(run.id, run.model_round)
-        encoded = None
-        if run.layout_in(facts.round) is not None:
+        encoded, scalars = None, []
+        if (layout := run.layout_in(facts.round)) is not None:
             event = self.state.event(run.id, facts.round)
-            update = np.frombuffer(self.spool.get(event["update_digest"]), dtype="<f4")
+            trained = Round(run.rate(facts.round), event["num_patients"], facts.cap)
+            share = run.learning.share(self.spool.get(event["update_digest"]), self._home(run, facts.round + 1), trained)
             rounding = derive(event["random_key"], b"wardround/rounding/1")
             weight = declared[self.silo] / facts.cap
-            encoded = encode(update, run.layout, exponents_of(model), weight, rounding, run.he)
+            encoded = encode(share.values, layout, exponents_of(model), weight, rounding, run.he)
+            scalars = [weight * scalar for scalar in share.scalars]
         metrics = json.loads(model["metrics"]) if (model["num_validation"] or 0) >= MIN_VALIDATION_PATIENTS else None
         keys = self.keyring.keys(run, facts.key_epoch)
         control = control_chunk(
-            run.control(facts.round), self.silo, declared[self.silo], encoded, metrics, ctx, keys.secret, run.he
+            run.control(facts.round), self.silo, declared[self.silo], encoded, metrics, ctx, keys.secret, run.he, scalars
         )
         content = encrypt(run.he, keys.he_secret_key, upload_coefficients(control, encoded, run.he))
         header = pb.UploadHeader(
@@ -405,7 +409,7 @@ class Agent:
         model = self._model(run, run.model_round)
         if layout is not None:
             patients = list(sealable.declared.values())
-            model = model.stepped(checked, layout, exponents, sealable.cap, patients, run.plan.aggregation.server)
+            model = model.stepped(checked, run.layout, exponents, sealable.cap, patients, run.learning.algorithm)
             sizes = [array.size for array in layout.arrays]
             exponents = next_bounds(exponents, checked.saturations, checked.moments, sizes, len(sealable.headers))
         mac = model_mac(keys.digest_key, run.layout, model.parameters)
@@ -415,7 +419,7 @@ class Agent:
             self.keyring.halt(run, facts, _one_line(error))
             log.error("reports differ, keys destroyed", run=run.id, round=facts.round, reason=str(error))
             return
-        saturated = sum(checked.saturations) / (run.layout.num_parameters * len(sealable.headers))
+        saturated = sum(checked.saturations) / (run.layout.summed.num_parameters * len(sealable.headers))
         self._keep_model(
             run,
             facts.round,
@@ -432,7 +436,8 @@ class Agent:
 
     def _evaluate(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
-        parameters = self._model(run, run.model_round).parameters
+        model = self._model(run, run.model_round)
+        parameters = run.learning.parameters(model, self._home(run, run.model_round + 1))
         work = TrainerWork("evaluate", run.plan, run.model_round, parameters, self._snapshot_folder(run))
         result = self._trained(offer, work)
         self.state.evaluated(run.id, run.model_round, json.dumps(result.metrics), result.num_patients)
@@ -495,7 +500,9 @@ class Agent:
 
     def _budgeted(self, run: Run, round_: int) -> tuple[Event, bytes] | None:
         """What the round may cost, and its noise key. Raises PolicyRefusal when the ledger has not enough left."""
-        return self.budget.open_event(run, round_, self.state.model(run.id, run.model_round)["mac"])
+        home = (self.state.home(run.id, round_) or "").encode()  # another one is another input of the event
+        mac = self.state.model(run.id, run.model_round)["mac"]
+        return self.budget.open_event(run, round_, sha256(frame(mac, home)) if home else mac)
 
     def _saw_own_head(self, sealable: scrutiny.Sealable) -> None:
         own = sealable.headers.get(self.silo)
@@ -535,6 +542,16 @@ class Agent:
 
     def _model(self, run: Run, round_: int) -> GlobalModel:
         return GlobalModel.load(self.spool.get(self.state.model(run.id, round_)["state"]), run.layout)
+
+    def _home(self, run: Run, round_: int) -> Home:
+        """What stays at home, as the newest training before `round_` left it."""
+        digest = self.state.home(run.id, round_)
+        return run.learning.home(b"" if digest is None else self.spool.get(digest))
+
+    def _put_home(self, home: Home) -> str | None:
+        """Hex digest of what stays at home, once it is on disk; None: this plan keeps nothing."""
+        data = home.dump()
+        return self.spool.put(data) if data else None
 
     def _keep_model(
         self, run: Run, round_: int, model: GlobalModel, exponents: Exponents, u3: list[str], mac: bytes, **more: Any

@@ -96,6 +96,14 @@ CREATE TABLE IF NOT EXISTS events (
     PRIMARY KEY (run, round)
 ) STRICT;
 
+-- What stays at home of a run: layers that never leave, and the silo's own control variate (silo_agent/algorithms/at_home.py).
+CREATE TABLE IF NOT EXISTS homes (
+    run TEXT NOT NULL REFERENCES runs,
+    round INTEGER NOT NULL CHECK (round >= 0),   -- whose training left it so; 0: as the initial model has it
+    digest TEXT NOT NULL,                        -- hex digest of its file in the spool
+    PRIMARY KEY (run, round)
+) STRICT;
+
 -- What was made for one attempt of one round: at most one upload and one Seal, ever.
 CREATE TABLE IF NOT EXISTS attempts (
     run TEXT NOT NULL REFERENCES runs,
@@ -406,8 +414,9 @@ class State:
         self._wipe()
 
     def needed(self, run: str) -> set[str]:
-        """Hex digests of what a later step may still ask for: each run's newest model, this run's update and uploads of the round
-        that follows it, and a checkpoint or bundle on its way."""
+        """Hex digests of what a later step may still ask for: each run's newest model and what stays at home of it, this run's
+        update and uploads of the round that follows it, and a checkpoint or bundle on its way."""
+        homes = self._all("SELECT digest FROM homes AS h WHERE round = (SELECT max(round) FROM homes WHERE run = h.run)")
         models = self._all("SELECT state FROM models NATURAL JOIN runs WHERE round = model_round")
         following = "run = ? AND round = (SELECT model_round + 1 FROM runs WHERE run = ?)"
         updates = self._all(f"SELECT update_digest FROM events WHERE {following} AND update_digest NOT NULL", run, run)  # noqa: S608
@@ -415,7 +424,7 @@ class State:
         uploads = (pb.UploadHeader.FromString(pb.Signed.FromString(row["header"]).body).content_digest for row in headers)
         checkpoints = self._all("SELECT checkpoint FROM epochs WHERE run = ? AND told = 0 AND checkpoint NOT NULL", run)
         bundles = self._all("SELECT content FROM bundles WHERE sent = 0")
-        return {*(row[0] for row in (*models, *updates, *checkpoints, *bundles)), *(digest.hex() for digest in uploads)}
+        return {*(row[0] for row in (*models, *homes, *updates, *checkpoints, *bundles)), *(digest.hex() for digest in uploads)}
 
     def evaluated(self, run: str, round_: int, metrics: str, num_validation: int) -> None:
         with self._transaction() as db:
@@ -464,13 +473,25 @@ class State:
     def event(self, run: str, round_: int) -> sqlite3.Row:
         return self._one("SELECT * FROM events WHERE run = ? AND round = ?", run, round_)  # type: ignore[no-any-return]  # a sqlite3.Row
 
-    def update_made(self, run: str, round_: int, digest: str, num_patients: int) -> None:
+    def update_made(self, run: str, round_: int, digest: str, num_patients: int, home: str | None = None) -> None:
+        """The one update of an event, and what its training left at home; both files are durable already."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE events SET update_digest = ?, num_patients = ? WHERE run = ? AND round = ?",
                 (digest, num_patients, run, round_),
             )
+            _keep_home(db, run, round_, home)
             self._record(db, "update", {"run": run, "round": round_, "digest": digest})
+
+    def keep_home(self, run: str, round_: int, digest: str | None) -> None:
+        """What stays at home as the initial model has it; None: nothing does."""
+        with self._transaction() as db:
+            _keep_home(db, run, round_, digest)
+
+    def home(self, run: str, before_round: int) -> str | None:
+        """What the newest training before a round left at home: hex digest, None if nothing stays."""
+        row = self._one("SELECT digest FROM homes WHERE run = ? AND round < ? ORDER BY round DESC LIMIT 1", run, before_round)
+        return None if row is None else str(row["digest"])
 
     def attempt(self, run: str, attempt: Attempt) -> sqlite3.Row | None:
         row: sqlite3.Row | None = self._one("SELECT * FROM attempts WHERE run = ? AND round = ? AND attempt = ?", run, *attempt)
@@ -506,6 +527,11 @@ class State:
     def sealed(self, run: str, attempt: Attempt) -> None:
         with self._transaction() as db:
             db.execute("UPDATE attempts SET seal_sent = 1 WHERE run = ? AND round = ? AND attempt = ?", (run, *attempt))
+
+
+def _keep_home(db: sqlite3.Connection, run: str, round_: int, digest: str | None) -> None:
+    if digest is not None:
+        db.execute("INSERT OR REPLACE INTO homes VALUES (?, ?, ?)", (run, round_, digest))
 
 
 def _or(value: int | None, otherwise: int) -> int:
