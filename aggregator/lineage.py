@@ -133,7 +133,10 @@ def explained(error: "MlflowException", run: str) -> WardroundError:
         )
     if isinstance(error, RestException):
         return StorageError(f"MLflow refuses run {run} ({code}); its own log says why; this is tried again")
-    return Disconnected(f"MLflow cannot be reached: is the server up, and is the address right? {later}")
+    return Disconnected(
+        f"MLflow cannot be reached: is the server up, and is the address right? After an upgrade it may refuse to start before "
+        f"`mlflow db upgrade`; its own log says so. {later}"
+    )
 
 
 def _project(view: RunView, client: "MlflowClient", source: Source, known: RunView | None) -> None:
