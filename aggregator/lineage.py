@@ -12,6 +12,7 @@ whoever holds the store fills the views (run_view.py) and answers `Source`.
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -126,7 +127,7 @@ def explained(error: "MlflowException", run: str) -> WardroundError:
         )
     if code in ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED") or "error code 404" in text:
         return StorageError(f"this MLflow server is too old for run {run}: logged models need MLflow 3; upgrade it. {later}")
-    if code == "INTERNAL_ERROR" and (isinstance(error, RestException) or "error code 5" in text):
+    if re.search(r"(error code|too many) 5\d\d", text) or (code == "INTERNAL_ERROR" and isinstance(error, RestException)):
         return StorageError(
             f"MLflow fails to keep run {run}; its own log says why: a full disk, or a database of another version, for which "
             f"`mlflow db upgrade` is meant. {later}"

@@ -38,16 +38,20 @@ class Breakable:
         size = self.database.stat().st_size
         for pid, (_, hard) in before.items():
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, hard))
-        yield
-        for pid, limits in before.items():
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+        try:
+            yield
+        finally:
+            for pid, limits in before.items():
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
 
     @contextmanager
     def another_version(self) -> Iterator[None]:
         """Of the schema: a table that the server's code expects has another name."""
         self._rename("logged_models", "logged_models_of_another_version")
-        yield
-        self._rename("logged_models_of_another_version", "logged_models")
+        try:
+            yield
+        finally:
+            self._rename("logged_models_of_another_version", "logged_models")
 
     def _rename(self, old: str, new: str) -> None:
         with closing(sqlite3.connect(self.database, timeout=30)) as db, db:
