@@ -46,6 +46,7 @@ METRICS_PER_CALL = 1000  # MLflow's limits of one log-batch request
 PARAMS_PER_CALL = 100
 MAX_NOTE_CHARS = 200
 MAX_TAG_CHARS = 1000
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's page opens with traces of language models
 DIGEST_CHARS = 32  # of a dataset digest: MLflow's column holds 36
 
 # The only names a silo's metrics may have in MLflow; dice/<class> besides, for the classes of the plan.
@@ -147,7 +148,7 @@ def _project(view: RunView, client: "MlflowClient", source: Source, known: RunVi
     rounds = [r for r in view.rounds if before.get(r.round) != r]
     name = f"{view.federation}/{view.plan.name}"
     found = client.get_experiment_by_name(name)
-    experiment = found.experiment_id if found else client.create_experiment(name)
+    experiment = found.experiment_id if found else client.create_experiment(name, tags=EXPERIMENT_TAGS)
 
     parent = _find_or_create(client, experiment, {"wardround.run_id": view.run_id}, view, view.run_id)
     params = [Param(key, value) for key, value in flattened(view.plan).items()]

@@ -15,6 +15,10 @@ from typing import Any
 PROGRAM = "chromium"
 WAIT_S = 120.0  # for a page to show something: MLflow's comes in ten megabytes of script
 SIZE = (1280, 900)
+OPTIONS = (
+    "--headless=new", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+    "--no-proxy-server", "--disable-background-networking", "--disable-component-update",
+)  # fmt: skip
 
 
 class Page:
@@ -24,7 +28,7 @@ class Page:
         self._in, self._out = incoming, outgoing
         self._buffer, self._count = b"", 0
         self._session: str | None = None
-        target = self._call("Target.createTarget", url="about:blank", width=SIZE[0], height=SIZE[1])["targetId"]
+        target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self._call("Page.enable")
         metrics = {"width": SIZE[0], "height": SIZE[1], "deviceScaleFactor": 1, "mobile": False}
@@ -73,6 +77,13 @@ class Page:
             time.sleep(0.3)
         return text
 
+    def wait(self, condition: str, what: str) -> None:
+        """Until an expression holds."""
+        end = time.monotonic() + WAIT_S
+        while not self.run(condition):
+            assert time.monotonic() < end, f"the page never had {what}; it shows:\n{self.text[:3000]}"
+            time.sleep(0.3)
+
     def click(self, text: str) -> None:
         """The innermost link, button, tab or cell whose whole text this is, once there is one."""
         find = (
@@ -95,11 +106,8 @@ def browser(folder: Path) -> Iterator[Page]:
     """A fresh profile under `folder`. As root Chromium has no sandbox of its own: it shows loopback pages here and nothing else."""
     assert shutil.which(PROGRAM), f"{PROGRAM} was expected: scripts/browser says how to get it"
     (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
-    options = [
-        "--headless=new", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server",
-        "--hide-scrollbars", "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
-        *(["--no-sandbox"] if os.geteuid() == 0 else []),
-    ]  # fmt: skip
+    root = ["--no-sandbox"] if os.geteuid() == 0 else []
+    options = [*OPTIONS, *root, f"--user-data-dir={folder / 'profile'}"]
     command = ["sh", "-c", f'exec "$@" 3<&{their_in} 4>&{their_out}', "sh", PROGRAM, *options]
     with (folder / "chromium.log").open("wb") as log:
         process = subprocess.Popen(command, pass_fds=(their_in, their_out), stdout=log, stderr=log, start_new_session=True)
