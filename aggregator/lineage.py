@@ -12,6 +12,7 @@ whoever holds the store fills the views (run_view.py) and answers `Source`.
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -45,6 +46,7 @@ METRICS_PER_CALL = 1000  # MLflow's limits of one log-batch request
 PARAMS_PER_CALL = 100
 MAX_NOTE_CHARS = 200
 MAX_TAG_CHARS = 1000
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's page opens with traces of language models
 DIGEST_CHARS = 32  # of a dataset digest: MLflow's column holds 36
 
 # The only names a silo's metrics may have in MLflow; dice/<class> besides, for the classes of the plan.
@@ -126,14 +128,17 @@ def explained(error: "MlflowException", run: str) -> WardroundError:
         )
     if code in ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED") or "error code 404" in text:
         return StorageError(f"this MLflow server is too old for run {run}: logged models need MLflow 3; upgrade it. {later}")
-    if code == "INTERNAL_ERROR" and (isinstance(error, RestException) or "error code 5" in text):
+    if re.search(r"(error code|too many) 5\d\d", text) or (code == "INTERNAL_ERROR" and isinstance(error, RestException)):
         return StorageError(
             f"MLflow fails to keep run {run}; its own log says why: a full disk, or a database of another version, for which "
             f"`mlflow db upgrade` is meant. {later}"
         )
     if isinstance(error, RestException):
         return StorageError(f"MLflow refuses run {run} ({code}); its own log says why; this is tried again")
-    return Disconnected(f"MLflow cannot be reached: is the server up, and is the address right? {later}")
+    return Disconnected(
+        f"MLflow cannot be reached: is the server up, and is the address right? After an upgrade it may refuse to start before "
+        f"`mlflow db upgrade`; its own log says so. {later}"
+    )
 
 
 def _project(view: RunView, client: "MlflowClient", source: Source, known: RunView | None) -> None:
@@ -143,7 +148,7 @@ def _project(view: RunView, client: "MlflowClient", source: Source, known: RunVi
     rounds = [r for r in view.rounds if before.get(r.round) != r]
     name = f"{view.federation}/{view.plan.name}"
     found = client.get_experiment_by_name(name)
-    experiment = found.experiment_id if found else client.create_experiment(name)
+    experiment = found.experiment_id if found else client.create_experiment(name, tags=EXPERIMENT_TAGS)
 
     parent = _find_or_create(client, experiment, {"wardround.run_id": view.run_id}, view, view.run_id)
     params = [Param(key, value) for key, value in flattened(view.plan).items()]

@@ -1,5 +1,6 @@
 """Released models in a real MLflow: what people download, whom the alias obeys, and that no interruption leaves half of it."""
 
+import json
 import os
 import sqlite3
 import subprocess
@@ -12,12 +13,16 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from aggregator.compare import side_of
 from aggregator.lineage import project
 from aggregator.run_view import RunView
-from tests.support.mlflow_rows import Fragile, Killed, Outage, Shelf, files, released, round_view, rows, run_view
-from tests.support.plans import tiny
+from tests.aggregator.test_mlflow_trouble import answering
+from tests.support.mlflow_rows import Fragile, Killed, Outage, Shelf, files, free_port, released, round_view, rows, run_view
+from tests.support.plans import private, tiny
 from wardround.canonical import digest_name
-from wardround.errors import StorageError
+from wardround.compare import as_text, compare
+from wardround.errors import Disconnected, IdentityError, SettingsError, StorageError
+from wardround.tracking import Tracking
 
 
 def view_of(name: str, number: int = 1, **changes: Any) -> RunView:
@@ -187,3 +192,48 @@ def test_a_degraded_run_says_which_hospital_was_lost_when(client: MlflowClient, 
     assert len(client.search_runs([experiment.experiment_id], "tags.`wardround.degraded` LIKE '%leuven%'")) == 1
     project(view_of("lost", 2), client, Shelf())
     assert "wardround.degraded" not in rows(outage.database, "shelf", "lost")["lost-2"]["tags"]
+
+
+def test_the_comparison_out_of_mlflow_is_the_one_out_of_the_store(client: MlflowClient, outage: Outage) -> None:
+    """Both sides, whole: a researcher reads MLflow, the coordinator the store."""
+    views = [view_of("paper", number) for number in (1, 2)]
+    views[1] = replace(views[1], rounds=tuple(round_view(n, means={"dice": 0.1 * n}, missing=("leuven",)) for n in (1, 2, 3)))
+    for view in views:
+        project(view, client, Shelf())
+    tracking = Tracking(outage.uri)
+    for view in views:
+        assert tracking.side(view.run_id) == side_of(view)
+    with pytest.raises(SettingsError, match="MLflow shows no run paper-9"):
+        tracking.side("paper-9")
+    with pytest.raises(SettingsError, match="the plan's and a number"):
+        tracking.side("paper-1' or '1' = '1")
+
+
+def test_a_private_run_compares_with_its_epsilon(client: MlflowClient, outage: Outage) -> None:
+    view = run_view("shelf", plan=private(rounds=2), run_id="tiny-1")
+    project(view, client, Shelf())
+    side = Tracking(outage.uri).side("tiny-1")
+    assert side == side_of(view) and side.epsilon is not None and 0 < side.epsilon <= 8
+
+
+def test_mlflow_that_is_away_or_says_no_to_a_researcher() -> None:
+    with pytest.raises(Disconnected, match="MLflow cannot be reached"):
+        Tracking(f"http://127.0.0.1:{free_port()}").side("paper-1")
+    with pytest.raises(SettingsError, match="http://HOST:PORT"):
+        Tracking("file:///etc")
+    with answering(403, "Permission denied") as uri, pytest.raises(IdentityError, match="does not let this account read"):
+        Tracking(uri).side("paper-1")
+
+
+def test_the_researchers_command(client: MlflowClient, outage: Outage) -> None:
+    for number in (1, 2):
+        project(view_of("typed", number), client, Shelf())
+    wardround = str(Path(sys.executable).with_name("wardround"))
+    command = [wardround, "run", "compare", "typed-1", "typed-2", "--mlflow", outage.uri]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert text == as_text(compare(side_of(view_of("typed", 1)), side_of(view_of("typed", 2))))
+    found = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True, timeout=120).stdout
+    assert json.loads(found)["final"]["dice"] == {"a": 0.375, "b": 0.375, "difference": 0.0}
+    command[4] = "typed-1"
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 2 and said.stderr == "error (settings): typed-1 was named twice: two runs are compared\n"
