@@ -32,7 +32,7 @@ class Learning:
     """Of one plan."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan, self.layout = plan, layout_of(plan)
+        self.layout = layout_of(plan)
         self.algorithm = ALGORITHMS[type(plan.training)](plan.training, plan.aggregation.server)
         arrays = trained_layout(plan).arrays
         self._split = Split(np.repeat(np.array(at_home(plan)), [array.size for array in arrays]))
