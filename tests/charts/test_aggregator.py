@@ -1,14 +1,24 @@
 """The coordinator's chart: who holds the Kubernetes token, who the data, and that its settings are what the program reads."""
 
 import re
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import generate_latest
 
 import aggregator.telemetry  # noqa: F401 - what it measures
 from aggregator.config import load_settings
+from silo_agent.custody.door import new_secret
 from tests.charts.conftest import ROOT, SETS, Render, pods
+from tests.support.aggregator import TestAggregator
 
 
 @pytest.mark.parametrize("name", [name for name, (chart, _) in SETS.items() if chart == "aggregator"])
@@ -65,3 +75,44 @@ def test_every_alert_has_its_runbook_and_watches_what_is_measured(render: Render
     for expression in alerts.values():
         for name in re.findall(r"wardround_\w+", expression):
             assert f"# TYPE {name.removesuffix('_total')}" in measured, name
+
+
+@pytest.fixture
+def helm_test(render: Render) -> Callable[[int], "subprocess.CompletedProcess[str]"]:
+    """The program of `helm test`, against a port of this machine."""
+    (pod,) = (item for item in render("aggregator", {}) if item["kind"] == "Pod")
+    program = pod["spec"]["containers"][0]["command"][2]
+    assert '("aggregator", 443)' in program
+
+    def run(port: int) -> "subprocess.CompletedProcess[str]":
+        here = program.replace('("aggregator", 443)', f'("127.0.0.1", {port})')
+        return subprocess.run([sys.executable, "-c", here], capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+def test_helm_test_is_content_with_the_aggregator(helm_test: Callable[[int], Any], tmp_path: Path) -> None:
+    with closing(TestAggregator(tmp_path).start()) as aggregator:
+        done = helm_test(aggregator.port)
+    assert done.returncode == 0 and "nobody gets in without a certificate" in done.stdout, done.stdout + done.stderr
+
+
+def test_helm_test_sees_a_server_that_lets_everyone_in(helm_test: Callable[[int], Any], tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "tls.pem"
+    secret = new_secret()
+    key.write_bytes(secret["tls.key"])
+    certificate.write_bytes(secret["tls.crt"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with suppress(OSError), context.wrap_socket(listening.accept()[0], server_side=True) as line:
+                line.recv(100)
+                line.send(bytes(9))  # the head of a SETTINGS frame
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        done = helm_test(listening.getsockname()[1])
+        thread.join(10)
+    assert done.returncode != 0 and "was let in" in done.stderr

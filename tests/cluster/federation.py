@@ -123,7 +123,7 @@ class Federation:
         draft = self.aggregator("roster", "draft")
         signed = self._typed("wardround", "roster", "sign", "--key", "operator.key", "-", stdin=draft)
         self.aggregator("roster", "publish", stdin=signed)
-        self.commands -= 1  # both ends of one pipeline
+        self.commands -= 2  # one line
 
     def aggregator_values(self) -> Object:
         key = (self.folder / "operator.pub").read_text()

@@ -21,7 +21,7 @@ ABSENT = {
 PRESENT = {
     "aggregator": ["aggregator", "wardround", "mlflow"],
     "silo-agent": ["silo_agent.custody", "wardround"],
-    "trainer": ["silo_agent.imaging", "silo_agent.training", "monai", "pydicom"],
+    "trainer": ["silo_agent.imaging", "silo_agent.training", "monai", "pydicom", "opacus", "dp_accounting"],
     "mlflow": ["mlflow", "flask_wtf"],
 }
 

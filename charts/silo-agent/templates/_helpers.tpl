@@ -142,6 +142,8 @@ spec:
 - {name: WARDROUND_DESK_CA, valueFrom: {secretKeyRef: {name: silo-agent-desk, key: tls.crt}}}
 {{- end }}
 
+{{/* The snapshots are read-only in its container. Not the whole volume where ingest shares it: whoever mounts a local volume first
+     sets its group, and a read-only mount sets none, so that ingest could not write. */}}
 {{- define "trainer-pod" -}}
 {{- $t := .Values.trainer -}}
 {{- $own := deepCopy $t -}}
@@ -151,7 +153,7 @@ spec:
 {{- $args := list -}}
 {{- if eq $t.mode "job" }}{{- $args = list (printf "--idle-seconds=%d" (int $t.idleSeconds)) }}{{- else }}{{- $env = concat $env (include "desk-env" "trainer" | fromYamlArray) }}{{- end }}
 {{- $pod := include "helper-pod" (list . "trainer" $own $args $env
-    (list (dict "name" "snapshots" "persistentVolumeClaim" (dict "claimName" $claim "readOnly" true)))
+    (list (dict "name" "snapshots" "persistentVolumeClaim" (merge (dict "claimName" $claim) (ternary (dict "readOnly" true) dict (eq $t.mode "job")))))
     (list (dict "name" "snapshots" "mountPath" "/snapshots" "readOnly" true))) | fromYaml -}}
 {{- $spec := dict "nodeSelector" $t.nodeSelector "tolerations" $t.tolerations -}}
 {{- with $t.runtimeClassName }}{{- $_ := set $spec "runtimeClassName" . }}{{- end }}
