@@ -28,6 +28,7 @@ from aggregator.records import RunState
 from aggregator.store import ENDED, Store
 from aggregator.telemetry import configure
 from aggregator.views import run_view
+from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, plan_facts, print_comparison, print_facts, run
 from wardround.errors import ConflictError, SettingsError, StorageError
 from wardround.keyfiles import write_secret
@@ -328,12 +329,20 @@ def _details(store: Store, name: str) -> dict[str, Any]:
         "refused": [f"{silo}: {refusal.reason}" for silo, refusal in refusals.items()],
         "given_up": [f"round {one.round}, attempt {one.attempt}: {one.reason}" for one in store.abandoned(name)],
         "completed": rounds,
+        "released": _released(state),
         "in_mlflow": name not in store.unprojected(),
         "key_epoch": state.epoch.number if state.epoch else 0,
         "keys_made_by": state.epoch.maker if state.epoch else "nobody yet",
         "keys_held_by": sorted(state.epoch.keyed) if state.epoch else [],
         "notes": _notes(state),
     }
+
+
+def _released(state: RunState) -> str:
+    """Whether the final model left the silos, and in whose bundle."""
+    if state.bundle is None:
+        return state.plan.release if state.plan.release == "silos-only" else "not yet" if state.phase not in ENDED else "no"
+    return f"{digest_name(pb.Bundle.FromString(state.bundle.body).parameters_digest)}, in the bundle of {state.bundle.silo}"
 
 
 def _notes(state: RunState) -> list[str]:

@@ -29,7 +29,7 @@ from wardround.accounting import epsilon_after
 from wardround.bundle import model_card
 from wardround.canonical import digest_name
 from wardround.compare import as_text, compare
-from wardround.errors import Disconnected, StorageError, WardroundError
+from wardround.errors import Disconnected, IntegrityError, StorageError, WardroundError
 from wardround.plan import Plan, flattened
 
 if TYPE_CHECKING:
@@ -110,6 +110,11 @@ def project(view: RunView, client: "MlflowClient", source: Source, known: RunVie
         _project(view, client, source, known)
     except MlflowException as e:
         raise explained(e, view.run_id) from e
+    except OSError as e:  # an artifact: requests' own errors are OSErrors, and so is a full disk here
+        raise StorageError(
+            f"an artifact of run {view.run_id} cannot be kept: MLflow's disk, or this machine's for temporary files, is "
+            "full or cannot be written; it is tried again"
+        ) from e
 
 
 def explained(error: "MlflowException", run: str) -> WardroundError:
@@ -325,7 +330,7 @@ def catch_up(source: Source, client: "MlflowClient", known: dict[str, RunView]) 
             try:
                 if known.get(view.run_id) != view:
                     project(view, client, source, known.get(view.run_id))
-            except StorageError as e:
+            except (StorageError, IntegrityError) as e:
                 refused = e
                 continue
             known[view.run_id] = view

@@ -79,7 +79,7 @@ def metadata(released: Released) -> dict[str, Any]:
         "monai_version": versions.get("monai", ""),
         "pytorch_version": versions.get("torch", ""),
         "numpy_version": versions.get("numpy", ""),
-        "required_packages_version": {"safetensors": ""},
+        "required_packages_version": {"safetensors": "", "pydicom": "", "nibabel": ""},
         "name": plan.name,
         "task": f"{plan.task} of {', '.join(plan.classes[1:])}",
         "description": f"Trained across {len(released.declared)} hospitals by Wardround, run {released.run}: docs/model_card.md.",
@@ -99,7 +99,7 @@ def metadata(released: Released) -> dict[str, Any]:
 
 
 def inference(plan: Plan) -> dict[str, Any]:
-    """A study in, a class map out: `python -m monai.bundle run --config_file configs/inference.json --study FOLDER`.
+    """A DICOM series in, a class map out: `monai.bundle.run(config_file="configs/inference.json", study=FOLDER)`.
 
     What ingest did before training is done here by MONAI's readers and transforms (silo_agent/imaging/transforms.py): axes
     from foot to head, front to back, right to left, the plan's spacing, the plan's transforms. The network is filled from
@@ -190,7 +190,9 @@ def model_card(released: Released) -> str:
         "## Provenance",
         "\n".join(_provenance(released)),
         "## Use",
-        "    python -m monai.bundle run --config_file configs/inference.json --study FOLDER_OF_ONE_DICOM_SERIES",
+        "    python -c \"from monai.bundle import run; run(config_file='configs/inference.json', study='FOLDER_OF_ONE_SERIES')\"",
+        "In this folder, with monai, torch, safetensors, pydicom and nibabel installed: it writes the class map of one "
+        "DICOM series, on the grid and spacing above, to `prediction/`.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -5,7 +5,6 @@ What a silo's Bundle announces is `model.safetensors`, whose every byte follows 
 """
 
 import hashlib
-import json
 from pathlib import Path
 
 from wardround.canonical import canonical_json, frame
@@ -83,18 +82,3 @@ def split_content(content: bytes, layout: Layout) -> tuple[bytes, bytes]:
     """(model.safetensors, model.pt)."""
     size = safetensors_bytes(layout)
     return content[:size], content[size:]
-
-
-def parameters_in(safetensors: bytes) -> tuple[dict[str, tuple[int, ...]], bytes]:
-    """Names and shapes in the order of the arrays, and their bytes, of a model.safetensors from anywhere. Raises IntegrityError."""
-    try:
-        size = int.from_bytes(safetensors[:8], "little")
-        entries = json.loads(safetensors[8 : 8 + size])
-        entries.pop("__metadata__", None)
-        ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])
-        shapes = {name: tuple(int(edge) for edge in entry["shape"]) for name, entry in ordered}
-        if any(entry["dtype"] != "F32" for entry in entries.values()):
-            raise ValueError("dtype")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise IntegrityError("model.safetensors was expected to hold named float32 arrays: it is damaged or another file") from None
-    return shapes, safetensors[8 + size :]

@@ -5,7 +5,7 @@ import resource
 import socket
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,12 +16,13 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from aggregator.lineage import connect, project
+from aggregator.lineage import catch_up, connect, project
+from aggregator.run_view import RunView
 from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
 from tests.support.aggregator import TestAggregator, until
 from tests.support.mlflow_rows import SOURCE, Shelf, free_port, released, round_view, rows, run_view
 from tests.support.plans import tiny
-from wardround.errors import Disconnected, StorageError
+from wardround.errors import Disconnected, IntegrityError, StorageError
 
 
 @dataclass
@@ -52,6 +53,20 @@ class Breakable:
             yield
         finally:
             self._rename("logged_models_of_another_version", "logged_models")
+
+    @contextmanager
+    def no_artifacts(self) -> Iterator[None]:
+        """The folder for them cannot be written."""
+        folder, aside = self.database.parent / "artifacts", self.database.parent / "aside"
+        if folder.exists():
+            folder.rename(aside)
+        folder.touch()
+        try:
+            yield
+        finally:
+            folder.unlink()
+            if aside.exists():
+                aside.rename(folder)
 
     def _rename(self, old: str, new: str) -> None:
         with closing(sqlite3.connect(self.database, timeout=30)) as db, db:
@@ -88,6 +103,31 @@ def test_a_database_of_another_version_is_named_and_caught_up_with(breakable: Br
     project(view, breakable.client, Shelf())
     found = rows(breakable.database, "versions", "versions")["versions-1"]
     assert len(found["models"]) == len(found["versions"]) == 1 and found["status"][0] == "FINISHED"
+
+
+def test_artifacts_that_cannot_be_written_are_named_and_caught_up_with(breakable: Breakable) -> None:
+    plan = tiny(name="artifacts", release="registry")
+    view = run_view("artifacts", plan=plan, run_id="artifacts-1", model=released(plan))
+    with breakable.no_artifacts(), pytest.raises(StorageError, match="an artifact of run artifacts-1 cannot be kept"):
+        project(view, breakable.client, Shelf())
+    project(view, breakable.client, Shelf())
+    found = rows(breakable.database, "artifacts", "artifacts")["artifacts-1"]
+    assert len(found["models"]) == len(found["versions"]) == 1 and found["status"][0] == "FINISHED"
+
+
+def test_a_bundle_that_the_spool_lost_does_not_hold_up_the_next_run(breakable: Breakable) -> None:
+    class Lossy(Shelf):
+        def unprojected(self) -> list[RunView]:
+            return [lost, following]
+
+        def bundle(self, view: RunView) -> Mapping[str, bytes]:
+            raise IntegrityError("the spool has lost a blob")
+
+    plan = tiny(name="lossy", release="registry")
+    lost = run_view("lossy", plan=plan, run_id="lossy-1", model=released(plan))
+    following = run_view("lossy", plan=tiny(name="lossy"), run_id="lossy-2", created_ms=lost.created_ms + 1)
+    assert isinstance(catch_up(Lossy(), breakable.client, {}), IntegrityError)
+    assert "lossy-2" in rows(breakable.database, "lossy", "lossy")["runs"]
 
 
 # --- what this machine's MLflow cannot be: with its auth app, or old. The stubs answer as those do. -------------------------------

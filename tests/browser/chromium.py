@@ -108,7 +108,7 @@ def browser(folder: Path) -> Iterator[Page]:
     (their_in, our_out), (our_in, their_out) = os.pipe(), os.pipe()
     root = ["--no-sandbox"] if os.geteuid() == 0 else []
     options = [*OPTIONS, *root, f"--user-data-dir={folder / 'profile'}"]
-    command = ["sh", "-c", f'exec "$@" 3<&{their_in} 4>&{their_out}', "sh", PROGRAM, *options]
+    command = ["bash", "-c", f'exec "$@" 3<&{their_in} 4>&{their_out}', "bash", PROGRAM, *options]
     with (folder / "chromium.log").open("wb") as log:
         process = subprocess.Popen(command, pass_fds=(their_in, their_out), stdout=log, stderr=log, start_new_session=True)
     os.close(their_in)

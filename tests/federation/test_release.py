@@ -145,6 +145,17 @@ def test_a_stranger_gets_the_dice_that_the_run_reported(released: Released) -> N
     assert abs(dice - reported) <= 0.001  # reported to 3 decimals
 
 
+def test_the_cards_own_command_writes_a_class_map(released: Released) -> None:
+    """As it stands in the card, on one held-out series."""
+    _, studies = held_out(released, SILO)
+    bundle = released.folder / "model"
+    card = (bundle / "docs" / "model_card.md").read_text()
+    (typed,) = [line.strip() for line in card.splitlines() if line.startswith("    python -c")]
+    command = typed.replace("FOLDER_OF_ONE_SERIES", str(studies[0][0])).replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, cwd=bundle, check=True, capture_output=True, timeout=300)
+    assert [path.suffixes for path in (bundle / "prediction").iterdir()] == [[".nii", ".gz"]]
+
+
 def test_the_run_the_version_and_the_alias_are_one(released: Released) -> None:
     (version,) = released.client.search_model_versions("name = 'released'")
     assert released.client.get_model_version_by_alias("released", "released").version == version.version

@@ -1,0 +1,130 @@
+"""A released bundle by what others read it with: MONAI's own class gives the function that was trained, safetensors the arrays."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.bundle.config_parser import ConfigParser
+from safetensors.numpy import load
+
+from silo_agent.training.export import export
+from silo_agent.training.networks import build_network, initial_parameters, load_parameters
+from silo_agent.training.trainer import handle
+from silo_agent.work import TrainerWork
+from tests.support.plans import private, tiny
+from wardround.bundle import LIBRARIES, NOT_FOR, Released, bundle_files, inference, model_card
+from wardround.errors import IntegrityError, MessageError
+from wardround.layout import layout_of
+from wardround.plan import BasicUNet, Plan, SegResNet, UNet
+from wardround.release import check_content, max_content_bytes, parameters_digest, safetensors_bytes, safetensors_header
+
+NETWORKS: list[tuple[Any, tuple[int, ...]]] = [
+    (UNet(network="UNet", channels=(4, 8, 8), strides=(2, 1), norm_groups=2), (16, 16)),
+    (UNet(network="UNet", channels=(4, 4), strides=(2,), norm_groups=2), (8, 16, 16)),
+    (BasicUNet(network="BasicUNet", features=(4, 4, 8, 8, 8, 4), norm_groups=2), (32, 32)),
+    (SegResNet(network="SegResNet", init_filters=4, blocks_down=(1, 1), blocks_up=(1,), norm_groups=2), (16, 16)),
+]
+
+
+def plan_of(model: Any, patch: tuple[int, ...]) -> Plan:
+    plan = tiny(release="registry")
+    return tiny(release="registry", model=model, data=plan.data.model_copy(update={"patch": patch}))
+
+
+def parameters_of(plan: Plan) -> bytes:
+    """Every array different from its start, norms too."""
+    noise = np.random.default_rng(7).normal(0, 0.1, layout_of(plan).num_parameters).astype("<f4")
+    return (np.frombuffer(initial_parameters(layout_of(plan), 7), "<f4") + noise).astype("<f4").tobytes()
+
+
+@pytest.mark.parametrize(("model", "patch"), NETWORKS)
+def test_monais_own_class_computes_what_was_trained(model: Any, patch: tuple[int, ...]) -> None:
+    plan = plan_of(model, patch)
+    values = parameters_of(plan)
+    ours = build_network(plan.model, len(patch), len(plan.classes))
+    load_parameters(ours, layout_of(plan), values)
+    pt, versions = export(plan, values)
+    parser = ConfigParser(inference(plan))
+    theirs = parser.get_parsed_content("network_def")
+    theirs.load_state_dict(torch.load(io.BytesIO(pt), weights_only=True))
+    image = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 1, *patch)).astype(np.float32))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(image), ours(image), rtol=0, atol=1e-6)
+    assert set(versions) == set(LIBRARIES)
+    assert len(safetensors_header(layout_of(plan))) + len(values) + len(pt) <= max_content_bytes(layout_of(plan))
+
+
+def test_safetensors_reads_the_signed_arrays() -> None:
+    plan = tiny()
+    values, layout = parameters_of(plan), layout_of(tiny())
+    arrays = load(safetensors_header(layout) + values)
+    assert list(arrays) != [] and {name: array.shape for name, array in arrays.items()} == {a.name: a.shape for a in layout.arrays}
+    assert b"".join(arrays[a.name].astype("<f4").tobytes() for a in layout.arrays) == values
+
+
+def test_the_trainer_exports_without_a_snapshot_and_refuses_another_model() -> None:
+    plan = tiny()
+    assert handle(TrainerWork("export", plan, parameters=parameters_of(plan))).values.startswith(b"PK")
+    with pytest.raises(MessageError, match="belongs to another plan"):
+        handle(TrainerWork("export", plan, parameters=parameters_of(plan)[:-4]))
+
+
+def test_what_is_checked_of_a_bundle_by_lies(tmp_path: Path) -> None:
+    plan = tiny()
+    layout, values = layout_of(plan), parameters_of(plan)
+    whole, digest, path = safetensors_header(layout) + values, parameters_digest(layout, values), tmp_path / "content"
+
+    def check(content: bytes, of: bytes = digest) -> None:
+        path.write_bytes(content)
+        check_content(path, layout, of)
+
+    check(whole + b"model.pt")
+    with pytest.raises(MessageError, match=r"ends before its model\.pt"):
+        check(whole)
+    with pytest.raises(MessageError, match=r"ends before its model\.pt"):
+        check(whole[:-4])
+    for position in (0, 9, len(whole) - 1):
+        with pytest.raises(IntegrityError):
+            check(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :] + b"model.pt")
+    with pytest.raises(IntegrityError, match="not those that the silos reported"):
+        check(whole + b"model.pt", bytes(32))
+    assert len(whole) == safetensors_bytes(layout)
+    other = layout_of(tiny(classes=("background", "grey")))
+    assert parameters_digest(other, values) != digest  # the same bytes under other names are another model
+
+
+def test_the_card_says_on_whom_how_good_how_private_and_what_not_for() -> None:
+    facts: dict[str, Any] = {
+        "declared": {"charite": 84, "leuven": 90},
+        "means": {"dice": 0.812},
+        "notes": ("patients are simulated",),
+    }
+    card = model_card(Released("neuro", "tiny-1", tiny(), b"\1" * 32, signed_by=("charite", "leuven"), **facts))
+    for line in (
+        *NOT_FOR,
+        "patients are simulated",
+        "| charite | 84 |",
+        "| dice | 0.812 |",
+        "None is bounded",
+        "signed by charite, leuven",
+    ):
+        assert line in card
+    promised = model_card(Released("neuro", "tiny-1", private(), b"", **facts | {"means": {}}))
+    assert "(epsilon 8, delta 1e-05)-differential privacy of each patient" in promised and "None is bounded" not in promised
+    assert "the parameters stay at the silos" in promised and "too few validation patients" in promised
+
+
+def test_every_file_of_a_bundle_and_its_metadata() -> None:
+    versions = {"monai": "1.6.1", "numpy": "2.4.6", "torch": "2.13.0"}
+    released = Released("neuro", "tiny-1", tiny(), b"\1" * 32, {"leuven": 90}, {}, versions=versions)
+    files = bundle_files(released, b"arrays", b"pt")
+    assert list(files) == [
+        "configs/metadata.json", "configs/inference.json", "docs/model_card.md", "models/model.safetensors", "models/model.pt",
+    ]  # fmt: skip
+    value = json.loads(files["configs/metadata.json"])
+    assert value["pytorch_version"] == "2.13.0" and value["network_data_format"]["outputs"]["pred"]["num_channels"] == 3
+    assert value["wardround"]["parameters_digest"] == "sha256:" + "01" * 32 and value["wardround"]["run"] == "tiny-1"
