@@ -1,7 +1,7 @@
 # Two commands are enough: make demo, make test. Both set up everything first (scripts/setup), which takes no time when nothing changed.
 .DEFAULT_GOAL := help
 SEED ?= 1
-.PHONY: help setup demo mlflow demo-result demo-clean test test-cluster check lint lock
+.PHONY: help setup demo mlflow demo-result demo-clean test test-cluster test-browser pictures check lint lock
 
 help:
 	@echo "Wardround: train one medical imaging model across hospitals; the data stays, the model goes round."
@@ -12,6 +12,8 @@ help:
 	@echo "  make demo-clean   remove the demo's folder: hospitals, keys, runs"
 	@echo "  make test         everything that must hold: lint, then every test, whole federations too"
 	@echo "  make test-cluster the charts on a real Kubernetes of this machine's own; as root, 8 to 16 minutes more the first time"
+	@echo "  make test-browser Debian's Chromium against a real MLflow; names the package if it is missing"
+	@echo "  make pictures     docs/pictures anew, from the newest demo"
 	@echo "  make check        before a commit: lint, then the quick tests"
 	@echo "  make lint         style, types, import contracts, generated code"
 	@echo "  make lock         pin requirements/*.txt anew after a change of pyproject.toml"
@@ -39,6 +41,14 @@ test: setup
 
 test-cluster: setup
 	scripts/cluster test
+
+test-browser: setup
+	@scripts/browser
+	WARDROUND_BROWSER=1 .venv/bin/python -m pytest -x -v tests/browser
+
+pictures: setup
+	@scripts/browser
+	.venv/bin/python -m tests.browser.pictures
 
 check: setup
 	scripts/check

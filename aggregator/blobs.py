@@ -76,7 +76,7 @@ class Blobs:
             os.fsync(file.fileno())
         try:
             gate(path)
-        except MessageError:
+        except (MessageError, IntegrityError):
             path.unlink(missing_ok=True)
             raise
         self.adopt(path, digest)

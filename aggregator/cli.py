@@ -19,13 +19,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from aggregator.compare import side_of
 from aggregator.config import Settings, load_settings
 from aggregator.control import check_fits, silo_rows, spent, standing
 from aggregator.folder import Opened
+from aggregator.privacy_report import as_html, as_markdown, report_of
 from aggregator.records import RunState
 from aggregator.store import ENDED, Store
 from aggregator.telemetry import configure
-from wardround.cli import Json, command_line, plan_facts, print_facts, run
+from aggregator.views import run_view
+from wardround.cli import Json, command_line, plan_facts, print_comparison, print_facts, run
 from wardround.errors import ConflictError, SettingsError, StorageError
 from wardround.keyfiles import write_secret
 from wardround.kube import ClusterApi
@@ -38,7 +41,7 @@ Run = Annotated[str, typer.Argument(help="The run's name, e.g. brain-tissue-1.")
 
 app = command_line("The aggregator of a federation: serve hospitals, submit plans, watch runs, let silos in.")
 plan_app = command_line("Plans: check one, submit one.")
-run_app = command_line("Runs: list, show, watch, pause, abort.")
+run_app = command_line("Runs: list, show, watch, pause, compare, report, abort.")
 silo_app = command_line("Silos: tokens to enrol with, who is there, whom to stop.")
 roster_app = command_line("The roster: draft what the operator signs, publish what was signed.")
 audit_app = command_line("The audit chain: every decision, in order, signed.")
@@ -215,6 +218,39 @@ def run_watch(context: typer.Context, name: Run, json_: Json = False) -> None:
     with _opened(context) as opened:
         phase = _watch_live(opened.store, name) if sys.stdout.isatty() and not json_ else _watch_lines(opened.store, name, json_)
     raise typer.Exit(0 if phase == "completed" else 1)
+
+
+@run_app.command("compare")
+def run_compare(
+    context: typer.Context, a: Run, b: Annotated[str, typer.Argument(help="Another run, e.g. brain-tissue-2.")], json_: Json = False
+) -> None:
+    """Two runs side by side: plans, measures, hospitals, cost, and what the comparison does not show. Differences are the second
+    minus the first.
+
+    \b
+    Example:
+      aggregator run compare brain-tissue-1 brain-tissue-2
+
+    Prints Markdown. A researcher's `wardround run compare` prints the same out of MLflow.
+    """
+    with _opened(context) as opened:
+        first, second = (side_of(run_view(opened.store, name)) for name in (a, b))
+    print_comparison(first, second, json_)
+
+
+@run_app.command("report")
+def run_report(context: typer.Context, name: Run, html: Annotated[bool, typer.Option("--html", help="As HTML.")] = False) -> None:
+    """The privacy report of a run: what left the hospitals, who could read it, what it cost, what is not covered.
+
+    \b
+    Example:
+      aggregator run report brain-tissue-1 --html > report.html
+
+    MLflow has the same as artifacts of the run.
+    """
+    with _opened(context) as opened:
+        report = report_of(run_view(opened.store, name))
+    print(as_html(report) if html else as_markdown(report), end="")
 
 
 @run_app.command("abort")

@@ -5,6 +5,7 @@ from wardround.canonical import canonical_json, frame, sha256
 from wardround.layout import layout_of
 from wardround.messages import round_ctx
 from wardround.pb import federation_pb2 as pb
+from wardround.release import quorum
 
 
 def joins_of(state: RunState) -> dict[str, pb.Join]:
@@ -133,6 +134,54 @@ def next_facts(state: RunState, federation: str, deadline_ms: int) -> pb.Round:
     )
     facts.ctx = round_ctx(facts, state.id)
     return facts
+
+
+def released_model(state: RunState) -> tuple[bytes, tuple[str, ...]] | None:
+    """(digest of the final model's arrays, the silos that signed it), once the closing round is complete and a quorum has."""
+    attempt = state.attempt
+    if state.plan.release != "registry" or attempt is None or attempt.completed_ms is None or attempt.round <= state.plan.rounds:
+        return None
+    signed: dict[bytes, list[str]] = {}
+    for silo, report in reports_of(state).items():
+        signed.setdefault(report.parameters_digest, []).append(silo)
+    signed.pop(b"", None)
+    needed = quorum(len(attempt.u3), state.plan.aggregation.min_silos)
+    return next(((digest, tuple(silos)) for digest, silos in signed.items() if len(silos) >= needed), None)
+
+
+def release_waits_for(state: RunState, now_ms: int) -> frozenset[str]:
+    """Whom the release of the final model waits for: reports that are owed, then one silo to make the bundle. Each wait lasts the
+    plan's deadline; then it is the next silo's turn, by name. Empty: nothing is due, the bundle is here, or nobody is left
+    to ask."""
+    attempt = state.attempt
+    if state.plan.release != "registry" or state.bundle is not None or attempt is None or attempt.completed_ms is None:
+        return frozenset()
+    if state.phase != "running" or attempt.round <= state.plan.rounds:
+        return frozenset()
+    turn = (now_ms - attempt.completed_ms) // (1000 * state.plan.aggregation.deadline_s)
+    released = released_model(state)
+    if released is None:
+        return (frozenset(attempt.u3) - state.reports.keys()) & state.active if turn < 1 else frozenset()
+    return frozenset(sorted(state.active & set(released[1]))[turn : turn + 1])
+
+
+def bundle_maker(state: RunState, now_ms: int) -> str | None:
+    """Who is to make the bundle now."""
+    return next(iter(release_waits_for(state, now_ms)), None) if released_model(state) is not None else None
+
+
+def unreleased(state: RunState) -> str:
+    """Why a run that ends well leaves no model in the registry although its plan says so; else empty."""
+    if state.plan.release != "registry" or state.bundle is not None or state.attempt is None:
+        return ""
+    if released_model(state) is not None:
+        return "the final model was not released: no hospital delivered its bundle in time; each of them holds the model"
+    signed = sum(bool(report.parameters_digest) for report in reports_of(state).values())
+    needed = quorum(len(state.attempt.u3), state.plan.aggregation.min_silos)
+    return (
+        f"the final model was not released: {signed} of {len(state.attempt.u3)} hospitals signed its arrays and {needed} "
+        "are needed; one that trained from a seed under a promise of privacy, or whose policy forbids it now, signs nothing"
+    )
 
 
 def keying_facts(state: RunState, federation: str) -> pb.Round:

@@ -8,7 +8,8 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from wardround.errors import SettingsError
-from wardround.plan import Name, explain
+from wardround.part import Name
+from wardround.plan import explain
 from wardround.roster import read_public_key
 
 Port = Annotated[int, Field(ge=0, le=65535)]

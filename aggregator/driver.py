@@ -145,7 +145,7 @@ class Driver:
         ROUNDS.inc()
 
     def _finish(self, _row: Row, state: RunState) -> None:
-        self._end(state, RunPhase.COMPLETED, "")
+        self._end(state, RunPhase.COMPLETED, cohort.unreleased(state))
 
     def _fail(self, row: Row, state: RunState) -> None:
         self._end(state, RunPhase.FAILED, _why_failed(row, state))
@@ -221,6 +221,7 @@ def facts_of(state: RunState, now_ms: int) -> Facts:
         epoch_due=cohort.epoch_due(state),
         epoch_cohort=frozenset(epoch.cohort) if epoch else frozenset(),
         keyed=epoch.keyed if epoch else frozenset(),
+        releasing=cohort.release_waits_for(state, now_ms),
     )
     if attempt is not None:
         base = replace(
@@ -255,6 +256,9 @@ def _moving(state: RunState, facts: Facts) -> str:
         blocked = "; ".join(cohort.unapproved(state).values())
         verb = "joins" if len(facts.waiting_for) < 2 else "join"
         return f"{state.id} waits until {who} {verb}" + (f" ({blocked})" if blocked else "")
+    if facts.releasing:
+        what = "reports" if cohort.released_model(state) is None else "the bundle"
+        return f"the release of the final model waits for {what} of {who}"
     if facts.between:
         if state.epoch is None or not facts.keyed:
             return f"a new key epoch waits for the keys that {state.epoch.maker if state.epoch else 'its first member'} makes"

@@ -5,29 +5,37 @@ writes idempotent: a metric is (run, key, step, timestamp, value) with step = ro
 store, a param or tag is (run, key), an input is (run, dataset name, digest). Only making a run is not: its tag names it, and is
 searched first. `follow` is the loop around it: a thread of its own that no round ever waits for.
 
-This module reads no table: whoever holds the store fills the views below.
+Once a run has ended come its final model (registry.py), and the reports that people read beside it. This module reads no table:
+whoever holds the store fills the views (run_view.py) and answers `Source`.
 """
 
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import structlog
 
+from aggregator import registry
+from aggregator.compare import side_of
+from aggregator.privacy_report import as_html, as_markdown, report_of
 from aggregator.round import RunPhase
+from aggregator.run_view import DatasetView, RoundView, RunView, released_of
 from wardround.accounting import epsilon_after
-from wardround.canonical import canonical_json, digest_name
+from wardround.bundle import model_card
+from wardround.canonical import digest_name
+from wardround.compare import as_text, compare
 from wardround.errors import Disconnected, StorageError, WardroundError
-from wardround.plan import Plan
+from wardround.plan import Plan, flattened
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput
+    from mlflow.exceptions import MlflowException
 
 log = structlog.get_logger()
 
@@ -37,62 +45,14 @@ REQUEST_TIMEOUT_S = 10
 METRICS_PER_CALL = 1000  # MLflow's limits of one log-batch request
 PARAMS_PER_CALL = 100
 MAX_NOTE_CHARS = 200
+MAX_TAG_CHARS = 1000
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's page opens with traces of language models
 DIGEST_CHARS = 32  # of a dataset digest: MLflow's column holds 36
 
 # The only names a silo's metrics may have in MLflow; dice/<class> besides, for the classes of the plan.
 MEASURES = frozenset({"dice", "hd95_mm", "auc", "balanced_accuracy"})
 PHASES = frozenset({"wait_gpu", "ingest", "train", "encode", "encrypt", "upload", "fold", "decrypt", "apply", "evaluate", "round"})
 STATUS = {RunPhase.COMPLETED: "FINISHED", RunPhase.FAILED: "FAILED", RunPhase.ABORTED: "KILLED"}
-
-
-@dataclass(frozen=True)
-class DatasetView:
-    """What one silo trains on, as its Join declares it: declared facts only, nothing derived from an image."""
-
-    silo: str
-    digest: bytes  # Join.dataset_digest
-    declared_patients: int
-
-
-@dataclass(frozen=True)
-class RoundView:
-    """One completed round. What it holds never changes afterwards, except that a late report may add a silo to `own`."""
-
-    round: int  # 1-based; plan.rounds + 1 is the closing round
-    attempt: int
-    committed_ms: int  # Unix time at which the store completed the round: the timestamp of all its metrics
-    model_round_measured: int  # the model that `means` measure: one round earlier, 0 is the initial one
-    means: Mapping[str, float]  # cohort means that came with the sum: dice, dice/<class>, hd95_mm, ...
-    cohort_size: int  # silos whose upload is in the sum
-    late: int  # silos of the cohort that had not uploaded when the round was sealed
-    dropped: int  # silos whose upload is in the sum and whose report is missing
-    upload_bytes: int  # of all silos together
-    download_bytes: int
-    seconds: Mapping[str, float] = field(default_factory=dict)  # phase (train, upload, fold, round, ...) -> maximum over silos
-    saturated_fraction: float = 0.0  # of the update's codes: maximum over silos
-    own: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # silo -> its own metrics of this round's model
-
-
-@dataclass(frozen=True)
-class RunView:
-    """All that MLflow shows of a run. Two equal views need no second projection."""
-
-    run_id: str  # the store's, as people type it: brain-tissue-1
-    federation: str
-    plan: Plan
-    submitted_by: str
-    phase: RunPhase
-    reason: str  # why it failed or was aborted, or whom it waits for; one sentence or empty
-    roster_digest: bytes
-    protocol: int
-    version: str  # of the aggregator's software
-    audit_head: bytes  # hash of the newest audit record about this run
-    created_ms: int
-    ended_ms: int | None = None
-    key_epoch: int = 0  # the newest; 0 before the first
-    notes: tuple[str, ...] = ()  # what every reader must be told: the distinct notes of the joins
-    datasets: tuple[DatasetView, ...] = ()
-    rounds: tuple[RoundView, ...] = ()  # completed ones, oldest first
 
 
 class Point(NamedTuple):
@@ -113,6 +73,12 @@ class Source(Protocol):
     def projected(self, run_id: str) -> None:
         """An ended run is in MLflow as a whole: never ask for it again."""
 
+    def bundle(self, view: RunView) -> Mapping[str, bytes]:
+        """Path -> content of the files of a released model's bundle."""
+
+    def previous(self, run_id: str) -> RunView | None:
+        """The newest run of the same plan name that completed before this one was submitted."""
+
 
 def connect(tracking_uri: str) -> "MlflowClient":
     """A client that says nothing to anyone else, never goes through a proxy and does not retry by itself: `follow` does.
@@ -132,35 +98,60 @@ def connect(tracking_uri: str) -> "MlflowClient":
     return MlflowClient(tracking_uri=tracking_uri)
 
 
-def project(view: RunView, client: "MlflowClient", known: RunView | None = None) -> None:
+def project(view: RunView, client: "MlflowClient", source: Source, known: RunView | None = None) -> None:
     """Write `view` to MLflow; rounds that equal those of `known`, which this process has projected already, are left out.
 
     Raises Disconnected when MLflow cannot be reached and StorageError when it answers with an error: both mean "again, later".
     A run that somebody deleted in MLflow is written anew. Non-finite values are not written: a gap in the curve is what they are.
     """
-    from mlflow.exceptions import MlflowException, RestException
+    from mlflow.exceptions import MlflowException
 
     try:
-        _project(view, client, known)
-    except RestException as e:
-        raise StorageError(f"MLflow refuses run {view.run_id} ({e.error_code}); its own log says why; this is tried again") from e
+        _project(view, client, source, known)
     except MlflowException as e:
-        forbidden = e.error_code == "PERMISSION_DENIED"
-        hint = "does the server's --allowed-hosts list this host" if forbidden else "is the server up, and is the address right"
-        raise Disconnected(f"MLflow cannot be reached: {hint}? Runs go on, and it catches up later") from e
+        raise explained(e, view.run_id) from e
 
 
-def _project(view: RunView, client: "MlflowClient", known: RunView | None) -> None:
+def explained(error: "MlflowException", run: str) -> WardroundError:
+    """Whose fault it is and what to do; never MLflow's own text, which quotes addresses and paths."""
+    from mlflow.exceptions import RestException
+
+    code, text = str(error.error_code), str(error)
+    later = "Runs go on, and it catches up later"
+    if code in ("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
+        if "Host" in text:
+            return Disconnected(f"MLflow cannot be reached: does the server's --allowed-hosts list this host? {later}")
+        return StorageError(
+            f"MLflow does not let this account write run {run}: it may create experiments and registered models, or was "
+            "given EDIT on "
+            f"them, by an admin; look at MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. {later}"
+        )
+    if code in ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED") or "error code 404" in text:
+        return StorageError(f"this MLflow server is too old for run {run}: logged models need MLflow 3; upgrade it. {later}")
+    if re.search(r"(error code|too many) 5\d\d", text) or (code == "INTERNAL_ERROR" and isinstance(error, RestException)):
+        return StorageError(
+            f"MLflow fails to keep run {run}; its own log says why: a full disk, or a database of another version, for which "
+            f"`mlflow db upgrade` is meant. {later}"
+        )
+    if isinstance(error, RestException):
+        return StorageError(f"MLflow refuses run {run} ({code}); its own log says why; this is tried again")
+    return Disconnected(
+        f"MLflow cannot be reached: is the server up, and is the address right? After an upgrade it may refuse to start before "
+        f"`mlflow db upgrade`; its own log says so. {later}"
+    )
+
+
+def _project(view: RunView, client: "MlflowClient", source: Source, known: RunView | None) -> None:
     from mlflow.entities import Param
 
     before = {r.round: r for r in known.rounds} if known else {}
     rounds = [r for r in view.rounds if before.get(r.round) != r]
     name = f"{view.federation}/{view.plan.name}"
     found = client.get_experiment_by_name(name)
-    experiment = found.experiment_id if found else client.create_experiment(name)
+    experiment = found.experiment_id if found else client.create_experiment(name, tags=EXPERIMENT_TAGS)
 
     parent = _find_or_create(client, experiment, {"wardround.run_id": view.run_id}, view, view.run_id)
-    params = [Param(key, value) for key, value in params_of(view.plan).items()]
+    params = [Param(key, value) for key, value in flattened(view.plan).items()]
     for start in range(0, len(params), PARAMS_PER_CALL):
         client.log_batch(parent, params=params[start : start + PARAMS_PER_CALL])
     if view.datasets:
@@ -174,21 +165,34 @@ def _project(view: RunView, client: "MlflowClient", known: RunView | None) -> No
         _log_points(client, children[-1], [point for r in rounds for point in own_points_of(view.plan, r, silo)])
     _log_tags(client, parent, tags_of(view))
     if view.ended_ms is not None:
+        _log_end(client, experiment, parent, view, source)
         for run in (*children, parent):
             client.set_terminated(run, STATUS[view.phase], view.ended_ms)
 
 
-def params_of(plan: Plan) -> dict[str, str]:
-    """The plan with every default, flattened: `training.optimizer.momentum`; a list is one JSON value."""
+def _log_end(client: "MlflowClient", experiment: str, run: str, view: RunView, source: Source) -> None:
+    """The final model, its measures under its name, and what people read: the privacy report, the card, a comparison."""
+    for name, text in texts_of(view, source.previous(view.run_id)).items():
+        client.log_text(run, text, name)
+    model = registry.log_model(client, experiment, run, view, lambda: source.bundle(view))
+    if model is None:
+        return
+    last = view.rounds[-1]
+    measured = _measured("validation", view.plan, last.means, last.model_round_measured, last.committed_ms)
+    _log_points(client, run, list(measured), model)
+    if told := registry.register(client, run, model, view):
+        _log_tags(client, run, {"wardround.model": told})
 
-    def flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
-        if isinstance(value, dict):
-            for key, part in value.items():
-                yield from flat(f"{prefix}.{key}" if prefix else key, part)
-        else:
-            yield prefix, value if isinstance(value, str) else canonical_json(value).decode()
 
-    return dict(flat("", plan.model_dump(mode="json")))
+def texts_of(view: RunView, previous: RunView | None) -> dict[str, str]:
+    """Artifact -> text."""
+    report = report_of(view)
+    texts = {"privacy_report.md": as_markdown(report), "privacy_report.html": as_html(report)}
+    if view.model is not None:
+        texts["model_card.md"] = model_card(released_of(view))
+    if previous is not None:
+        texts["comparison.md"] = as_text(compare(side_of(previous), side_of(view)))
+    return texts
 
 
 def tags_of(view: RunView) -> dict[str, str]:
@@ -202,7 +206,8 @@ def tags_of(view: RunView) -> dict[str, str]:
         "wardround.protocol": str(view.protocol),
         "wardround.version": view.version,
         "wardround.audit_head": digest_name(view.audit_head),
-    }
+        "wardround.parent_model": view.parent_model,
+    } | ({"wardround.degraded": view.degraded[:MAX_TAG_CHARS]} if view.degraded else {})
 
 
 def note_of(view: RunView) -> str:
@@ -219,6 +224,8 @@ def note_of(view: RunView) -> str:
         )
     if (privacy := plan.privacy) is not None:
         lines.append(f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each patient and this whole run, by DP-SGD")
+    if view.degraded:
+        lines.append(f"hospitals were lost: {view.degraded}")
     lines += plan.caveats
     lines += [" ".join(note.split())[:MAX_NOTE_CHARS] for note in view.notes]
     return "\n".join(f"- {line}" for line in dict.fromkeys(lines))
@@ -265,10 +272,11 @@ def _find_or_create(client: "MlflowClient", experiment: str, identity: dict[str,
     return str(client.create_run(experiment, start_time=view.created_ms, tags=tags, run_name=name).info.run_id)
 
 
-def _log_points(client: "MlflowClient", run: str, points: Sequence[Point]) -> None:
+def _log_points(client: "MlflowClient", run: str, points: Sequence[Point], model: str | None = None) -> None:
+    """With `model` the same points also stand under that logged model."""
     from mlflow.entities import Metric
 
-    metrics = [Metric(p.key, p.value, p.timestamp_ms, p.step) for p in points if math.isfinite(p.value)]
+    metrics = [Metric(p.key, p.value, p.timestamp_ms, p.step, model) for p in points if math.isfinite(p.value)]
     for start in range(0, len(metrics), METRICS_PER_CALL):
         client.log_batch(run, metrics=metrics[start : start + METRICS_PER_CALL])
 
@@ -316,7 +324,7 @@ def catch_up(source: Source, client: "MlflowClient", known: dict[str, RunView]) 
         for view in source.unprojected():
             try:
                 if known.get(view.run_id) != view:
-                    project(view, client, known.get(view.run_id))
+                    project(view, client, source, known.get(view.run_id))
             except StorageError as e:
                 refused = e
                 continue

@@ -135,6 +135,7 @@ class RunState:
     seals: Mapping[str, pb.Signed] = field(default_factory=dict)
     reports: Mapping[str, pb.Signed] = field(default_factory=dict)
     epoch: Epoch | None = None  # the newest
+    bundle: pb.Signed | None = None  # of the final model, once it is here and its arrays are those that were reported
     halts: Mapping[str, pb.Signed] = field(default_factory=dict)
 
     @property

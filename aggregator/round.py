@@ -2,7 +2,8 @@
 
 The story: wait until the silos have joined, start; let one of them make the key epoch and the others acknowledge it; then, round by
 round: open, seal the set of uploads, fold them into one sum, publish it once enough silos signed the same set, complete the round
-once their model reports agree; open the next, under a new key epoch where one is due; finish.
+once their model reports agree; open the next, under a new key epoch where one is due; wait for the bundle of the final model where
+the plan releases it; finish.
 
 `driver.py` performs an action in one transaction of the store and asks again. Nothing here does I/O or reads a clock: whether the
 deadline has passed is a fact like any other.
@@ -71,6 +72,7 @@ class Facts:
     folded: bool = False
     sealed: frozenset[str] = frozenset()  # silos whose Seal names exactly U3
     reports: Mapping[str, bytes] = field(default_factory=dict)  # silo -> digest of what all reports must agree on
+    releasing: frozenset[str] = frozenset()  # after the closing round: whom the release of the final model waits for
 
     @property
     def between(self) -> bool:
@@ -82,6 +84,8 @@ class Facts:
         """Who the run is waiting for, for the person who looks."""
         if self.run is RunPhase.PENDING:
             return self.active - self.joined.keys() - self.refused
+        if self.releasing:
+            return self.releasing & self.active
         if self.between:
             return (self.epoch_cohort - self.keyed) & self.active
         still = {
@@ -133,6 +137,7 @@ TABLE: tuple[Row, ...] = (
     Row("too few seals", lambda f: f.phase is Phase.SEALED and f.deadline_passed, Action.ABANDON),
     Row("reports differ", lambda f: _evaluating(f) and len(set(f.reports.values())) > 1, Action.FAIL),
     Row("complete", lambda f: _evaluating(f) and _settled(not f.waiting_for, len(f.reports), f), Action.COMPLETE_ROUND),
+    Row("release", lambda f: f.phase is Phase.COMPLETED and not f.between and bool(f.releasing & f.active), Action.WAIT),
     Row("finish", lambda f: f.phase is Phase.COMPLETED and not f.between, Action.FINISH),
     Row("paused", lambda f: f.between and f.paused, Action.WAIT),
     Row("key epoch", lambda f: f.between and f.epoch_due, Action.OPEN_EPOCH),

@@ -65,7 +65,7 @@ class Server:
         self._opened = opened
         self._lock = _only_one(opened.settings.data)
         self.bell = Bell()
-        blobs = Blobs(opened.settings.data / "spool")
+        self._blobs = blobs = Blobs(opened.settings.data / "spool")
         self._folds = FoldProcess(blobs)
         # The folder's lock makes this program the only one on it, so it may take its own lease again after a kill.
         self.driver = Driver(opened.store, blobs, self._folds, self.bell, holder=socket.gethostname())
@@ -110,7 +110,7 @@ class Server:
         await self._grpc.start()
         self._thread("driver", self.driver.run)
         if (mlflow := settings.mlflow) is not None:
-            self._thread("lineage", lambda: Projection(self._opened.store).follow(mlflow, self._stop_threads))
+            self._thread("lineage", lambda: Projection(self._opened.store, self._blobs).follow(mlflow, self._stop_threads))
         self._tasks.add(asyncio.create_task(self._renew()))
         log.info("serving", federation=settings.federation, port=self.port, metrics_port=self.metrics_port, version=VERSION)
 

@@ -261,7 +261,17 @@ class Store(Members):
             reports=said.get("model-report", {}),
             epoch=self._epoch(db, row.id),
             halts=of_run.get("halt", {}),
+            bundle=self._bundle(db, row.id, of_run.get("bundle", {})),
         )
+
+    @staticmethod
+    def _bundle(db: sa.Connection, run: str, said: Mapping[str, pb.Signed]) -> pb.Signed | None:
+        """What announced the bundle that is here, whole and checked."""
+        whole = (
+            sa.select(_uploads.silo).where(*_is(_uploads, (run, 0, 0)), _uploads.state == "durable").order_by(_uploads.finished_ms)
+        )
+        silo = db.execute(whole.limit(1)).scalar()
+        return None if silo is None else said[silo]
 
     # --- the life of a run -----------------------------------------------------------------------------------------------------
 
@@ -323,7 +333,8 @@ class Store(Members):
                 .where(_attempts.run == run, _attempts.phase.in_(("open", "sealed")))
                 .values(phase="abandoned", reason=f"the run was {phase}")
             )
-            db.execute(sa.update(schema.uploads).where(_uploads.run == run, _uploads.round > 0).values(state="deleted"))
+            unneeded = sa.or_(_uploads.round > 0, _uploads.state == "receiving")
+            db.execute(sa.update(schema.uploads).where(_uploads.run == run, unneeded).values(state="deleted"))
             following = self._active_row(db)
             if following is not None:
                 deadline = now + 1000 * _cached_plan(following.plan.encode()).aggregation.deadline_s
@@ -401,13 +412,20 @@ class Store(Members):
             return self._keep(db, signed, key, facts)
 
     def begin_upload(
-        self, signed: pb.Signed, key: tuple[str, int, int], content: bytes, num_bytes: int, seen: int, patients: int = 0
+        self,
+        signed: pb.Signed,
+        key: tuple[str, int, int],
+        content: bytes,
+        num_bytes: int,
+        seen: int,
+        patients: int = 0,
+        facts: Mapping[str, Any] | None = None,
     ) -> Upload:
         """Accept a statement that announces bytes. The same again is the same upload, other content raises ConflictError."""
         with self._write(seen) as db:
             row = db.execute(sa.select(schema.uploads).where(*_is(_uploads, key), _uploads.silo == signed.silo)).one_or_none()
             if row is None:
-                self._keep(db, signed, key, {"content": content.hex()})
+                self._keep(db, signed, key, facts or {"content": content.hex()})
                 upload = Upload(*key, signed.silo, content, num_bytes, patients, "receiving", self.now_ms(), None)
                 db.execute(sa.insert(schema.uploads).values(**vars(upload)))
                 return upload
@@ -431,7 +449,7 @@ class Store(Members):
                 .where(*_is(_uploads, key), _uploads.silo == upload.silo)
                 .values(state="durable", finished_ms=self.now_ms())
             )
-            kind = "upload-accepted" if upload.round else "checkpoint-accepted"
+            kind = "upload-accepted" if upload.round else "checkpoint-accepted" if upload.attempt else "bundle-accepted"
             self._record(db, kind, _name(key) | {"silo": upload.silo, "content": upload.content_digest.hex()})
 
     def _keep(self, db: sa.Connection, signed: pb.Signed, key: tuple[str, int, int], facts: Mapping[str, Any]) -> bytes:

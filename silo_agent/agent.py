@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from silo_agent import scrutiny
+from silo_agent import release, scrutiny
+from silo_agent.algorithms.at_home import Home
+from silo_agent.algorithms.fedavg import Round
 from silo_agent.budget import Budget
 from silo_agent.config import Settings
 from silo_agent.custody.keys import SiloKeys
@@ -29,7 +29,7 @@ from silo_agent.secure_sum.check import checked_sum, control_chunk, upload_coeff
 from silo_agent.secure_sum.checkpoint import Reported, read_checkpoint
 from silo_agent.secure_sum.encryption import decrypt, encrypt
 from silo_agent.secure_sum.global_model import GlobalModel, initial_digest_key, model_mac
-from silo_agent.secure_sum.packing import Exponents, bounds_digest, derive, encode, next_bounds, start_bounds
+from silo_agent.secure_sum.packing import Exponents, bounds_digest, derive, encode, next_bounds
 from silo_agent.telemetry import log
 from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork
 from wardround import PROTOCOL, PROTOCOL_OLDEST, VERSION
@@ -44,6 +44,7 @@ from wardround.plan import parse_plan
 
 MIN_VALIDATION_PATIENTS = 10  # below it a silo adds nothing to the cohort's metrics: a mean over few patients says too much
 HELPER_CHECK_S = 1.0
+REPORTED = (Action.TRAIN, Action.ENCODE, Action.UPLOAD, Action.APPLY, Action.EVALUATE)  # how long they take leaves the hospital
 MAX_REASON_CHARS = 500  # of a Refusal; the aggregator takes one line of at most that
 SUM_REFUSED = "the published sum failed the check; the agent's log says how"
 SEEDED_NOTE = "randomness came from a seed: reproducible, not private"
@@ -76,6 +77,7 @@ class Agent:
         self.inbox = Inbox(self._request, self.membership.dial, self.membership.attend)
         self._activity = ""
         self._doing = ("decide", "")
+        self._seconds: dict[str, float] = {}  # phase -> since the last report
 
     # --- the loop --------------------------------------------------------------------------------------------------------------
 
@@ -114,9 +116,13 @@ class Agent:
         self._doing = (row.action.value, f"round {offer.facts.round}" if offer.facts.round else offer.run)
         self._be(*self._doing)
         getattr(self, f"_{row.action.value}")(offer)
-        log.info(
-            "done", action=row.action.value, run=offer.run, round=offer.facts.round, seconds=round(time.monotonic() - started, 2)
-        )
+        seconds = time.monotonic() - started
+        if row.action in REPORTED:
+            self._took(row.action.value, seconds)
+        log.info("done", action=row.action.value, run=offer.run, round=offer.facts.round, seconds=round(seconds, 2))
+
+    def _took(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def _wait(self, row: Row, offer: pb.Offer) -> None:
         """Until there is another offer or other trouble."""
@@ -219,10 +225,9 @@ class Agent:
 
     def _initialize(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
-        result = self._helped(offer, TrainerWork("initialize", run.plan))
-        assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
-        model = GlobalModel.initial(result.values, run.layout)
-        exponents = start_bounds(np.frombuffer(result.values, dtype="<f4"), run.layout)
+        result = self._trained(offer, TrainerWork("initialize", run.plan))
+        model, exponents, home = run.learning.begin(result.values)
+        self.state.keep_home(run.id, 0, self._put_home(home))
         self._keep_model(run, 0, model, exponents, [], model_mac(initial_digest_key(run.id), run.layout, model.parameters))
 
     def _join(self, offer: pb.Offer) -> None:
@@ -308,19 +313,20 @@ class Agent:
 
     def _train(self, offer: pb.Offer) -> None:
         run, round_ = self._run(offer.run), offer.facts.round
-        parameters = self._model(run, run.model_round).parameters
-        work = TrainerWork("train", run.plan, round_, parameters, self._snapshot_folder(run))
+        model, home = self._model(run, run.model_round), self._home(run, round_)
+        work = TrainerWork("train", run.plan, round_, run.learning.parameters(model, home), self._snapshot_folder(run))
+        work = replace(work, correction=run.learning.correction(model, home))
         if (budgeted := self._budgeted(run, round_)) is None:
             work = replace(work, random_key=derive(self.state.event(run.id, round_)["random_key"], b"wardround/training/1"))
         else:
             event, noise_key = budgeted
             declared = self.settings.dataset(run.plan.dataset).declared_patients
             work = replace(work, random_key=noise_key, noise_multiplier=event.noise_multiplier, declared_patients=declared)
-        result = self._helped(offer, work)
-        assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
-        if len(result.values) != run.layout.num_bytes:
-            raise MessageError(f"the trainer delivered {len(result.values)} bytes, the layout has {run.layout.num_bytes}")
-        self.state.update_made(run.id, round_, self.spool.put(result.values), result.num_patients)
+        result = self._trained(offer, work)
+        if len(result.values) != len(work.parameters):
+            raise MessageError(f"the trainer delivered {len(result.values)} bytes, the layout has {len(work.parameters)}")
+        stays = self._put_home(run.learning.trained(result.values, model, home, run.rate(round_)))
+        self.state.update_made(run.id, round_, self.spool.put(result.values), result.num_patients, stays)
         self.budget.close_event(run, round_)
 
     def _encode(self, offer: pb.Offer) -> None:
@@ -330,17 +336,19 @@ class Agent:
         if facts.cap < max(declared.values()):
             raise IntegrityError(f"the aggregator's cap of {facts.cap} is below a silo's declared patients")
         model = self.state.model(run.id, run.model_round)
-        encoded = None
-        if run.layout_in(facts.round) is not None:
+        encoded, scalars = None, []
+        if (layout := run.layout_in(facts.round)) is not None:
             event = self.state.event(run.id, facts.round)
-            update = np.frombuffer(self.spool.get(event["update_digest"]), dtype="<f4")
+            trained = Round(run.rate(facts.round), event["num_patients"], facts.cap)
+            share = run.learning.share(self.spool.get(event["update_digest"]), self._home(run, facts.round + 1), trained)
             rounding = derive(event["random_key"], b"wardround/rounding/1")
             weight = declared[self.silo] / facts.cap
-            encoded = encode(update, run.layout, exponents_of(model), weight, rounding, run.he)
+            encoded = encode(share.values, layout, exponents_of(model), weight, rounding, run.he)
+            scalars = [weight * scalar for scalar in share.scalars]
         metrics = json.loads(model["metrics"]) if (model["num_validation"] or 0) >= MIN_VALIDATION_PATIENTS else None
         keys = self.keyring.keys(run, facts.key_epoch)
         control = control_chunk(
-            run.control(facts.round), self.silo, declared[self.silo], encoded, metrics, ctx, keys.secret, run.he
+            run.control(facts.round), self.silo, declared[self.silo], encoded, metrics, ctx, keys.secret, run.he, scalars
         )
         content = encrypt(run.he, keys.he_secret_key, upload_coefficients(control, encoded, run.he))
         header = pb.UploadHeader(
@@ -401,7 +409,7 @@ class Agent:
         model = self._model(run, run.model_round)
         if layout is not None:
             patients = list(sealable.declared.values())
-            model = model.stepped(checked, layout, exponents, sealable.cap, patients, run.plan.aggregation.server)
+            model = model.stepped(checked, run.layout, exponents, sealable.cap, patients, run.learning.algorithm)
             sizes = [array.size for array in layout.arrays]
             exponents = next_bounds(exponents, checked.saturations, checked.moments, sizes, len(sealable.headers))
         mac = model_mac(keys.digest_key, run.layout, model.parameters)
@@ -411,7 +419,7 @@ class Agent:
             self.keyring.halt(run, facts, _one_line(error))
             log.error("reports differ, keys destroyed", run=run.id, round=facts.round, reason=str(error))
             return
-        saturated = sum(checked.saturations) / (run.layout.num_parameters * len(sealable.headers))
+        saturated = sum(checked.saturations) / (run.layout.summed.num_parameters * len(sealable.headers))
         self._keep_model(
             run,
             facts.round,
@@ -422,21 +430,28 @@ class Agent:
             ctx=ctx,
             sum_digest=total.digest,
             means=json.dumps(checked.means),
+            declared=json.dumps(sealable.declared),
             saturated=saturated,
         )
 
     def _evaluate(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
-        parameters = self._model(run, run.model_round).parameters
+        model = self._model(run, run.model_round)
+        parameters = run.learning.parameters(model, self._home(run, run.model_round + 1))
         work = TrainerWork("evaluate", run.plan, run.model_round, parameters, self._snapshot_folder(run))
-        result = self._helped(offer, work)
-        assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
+        result = self._trained(offer, work)
         self.state.evaluated(run.id, run.model_round, json.dumps(result.metrics), result.num_patients)
 
     def _report(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
+        self.state.measured(run.id, run.model_round, json.dumps({name: round(value, 2) for name, value in self._seconds.items()}))
+        self._seconds = {}
         model = self.state.model(run.id, run.model_round)
         own = json.loads(model["metrics"]) if model["metrics"] and self.policy.metrics == "per_silo" else {}
+
+        def parameters() -> bytes:
+            return self._model(run, run.model_round).parameters
+
         body = pb.ModelReport(
             round=run.model_round,
             model_mac=model["mac"],
@@ -445,10 +460,28 @@ class Agent:
             means=json.loads(model["means"]),
             means_of_round=run.model_round - 1,
             own={name: round(value, 3) for name, value in own.items()},
+            seconds=json.loads(model["seconds"]),
             saturated_fraction=model["saturated"],
+            parameters_digest=release.signed_digest(run, parameters, self.policy, self.state.seeded(run.id)),
         )
         signed = self._post("model-report", model["ctx"], body)
         self.state.reported(run.id, run.model_round, statement_digest(signed))
+
+    def _release(self, offer: pb.Offer) -> None:
+        """Make the bundle of the final model and send it, where plan and policy agree to that."""
+        run = self._run(offer.run)
+        if (why := release.withheld(run.plan, self.policy, self.state.seeded(run.id))) is not None:
+            raise PolicyRefusal(f"the aggregator asks for the bundle of {run.id}: {why}; nothing is sent")
+        if self.state.bundle(run.id) is None:
+            ctx, parameters = run_ctx(self.federation, run.id, run.plan.digest), self._model(run, run.model_round).parameters
+            release.make_bundle(
+                run, parameters, self.state, self.spool, lambda work: self._trained(offer, work),
+                lambda body: sign("bundle", ctx, body, self.silo, self.keys.identity),
+            )  # fmt: skip
+        row = self.state.bundle(run.id)
+        assert row is not None  # noqa: S101 - kept above
+        self.membership.dial().upload(pb.Signed.FromString(row["statement"]), self.spool.get(row["content"]))
+        self.state.bundle_sent(run.id)
 
     def _close(self, offer: pb.Offer) -> None:
         row = self.state.run(offer.run)
@@ -467,7 +500,9 @@ class Agent:
 
     def _budgeted(self, run: Run, round_: int) -> tuple[Event, bytes] | None:
         """What the round may cost, and its noise key. Raises PolicyRefusal when the ledger has not enough left."""
-        return self.budget.open_event(run, round_, self.state.model(run.id, run.model_round)["mac"])
+        home = (self.state.home(run.id, round_) or "").encode()  # another one is another input of the event
+        mac = self.state.model(run.id, run.model_round)["mac"]
+        return self.budget.open_event(run, round_, sha256(frame(mac, home)) if home else mac)
 
     def _saw_own_head(self, sealable: scrutiny.Sealable) -> None:
         own = sealable.headers.get(self.silo)
@@ -508,6 +543,16 @@ class Agent:
     def _model(self, run: Run, round_: int) -> GlobalModel:
         return GlobalModel.load(self.spool.get(self.state.model(run.id, round_)["state"]), run.layout)
 
+    def _home(self, run: Run, round_: int) -> Home:
+        """What stays at home, as the newest training before `round_` left it."""
+        digest = self.state.home(run.id, round_)
+        return run.learning.home(b"" if digest is None else self.spool.get(digest))
+
+    def _put_home(self, home: Home) -> str | None:
+        """Hex digest of what stays at home, once it is on disk; None: this plan keeps nothing."""
+        data = home.dump()
+        return self.spool.put(data) if data else None
+
     def _keep_model(
         self, run: Run, round_: int, model: GlobalModel, exponents: Exponents, u3: list[str], mac: bytes, **more: Any
     ) -> None:
@@ -534,6 +579,11 @@ class Agent:
         self.membership.dial().post(signed)
         return signed
 
+    def _trained(self, offer: pb.Offer, work: TrainerWork) -> TrainerResult:
+        result = self._helped(offer, work)
+        assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
+        return result
+
     def _helped(self, offer: pb.Offer, work: TrainerWork | IngestWork) -> TrainerResult | IngestResult:
         """Have a helper do it. Raises Superseded when the offer moved past it, and what the helper failed with."""
         helper = self.helpers["trainer" if isinstance(work, TrainerWork) else "ingest"]
@@ -541,6 +591,8 @@ class Agent:
         while True:
             if helper.ensure():
                 log.info("helper started", program=helper.program)
+            if helper.situation:
+                self._took("wait_gpu", HELPER_CHECK_S)
             self._be(*(("queued", helper.situation) if helper.situation else self._doing))
             result = self.desk.wait(work_id, HELPER_CHECK_S)
             if result is not None:

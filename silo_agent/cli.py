@@ -1,13 +1,10 @@
 """`silo-agent`: what hospital IT types. Every command works beside the running agent; none needs an inbound port."""
 
 import base64
-import os
 import signal
 import sqlite3
-import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +20,7 @@ from silo_agent.custody.roster import approve
 from silo_agent.custody.state import State
 from silo_agent.ledger_cli import ledger_app
 from silo_agent.membership import connect, stand_by
+from silo_agent.model_cli import model_app
 from silo_agent.preflight import Finding, look_home, look_out
 from wardround import tls
 from wardround.canonical import digest_name
@@ -42,10 +40,15 @@ app = command_line("One hospital's side of a federation: keeps the keys, guards 
 data_app = command_line("Data: what this hospital's studies look like to a plan.")
 policy_app = command_line("Policy: what this hospital takes part in.")
 roster_app = command_line("The roster: which hospitals this one deals with.")
-for name, group in (("data", data_app), ("policy", policy_app), ("roster", roster_app), ("ledger", ledger_app)):
+for name, group in (
+    ("data", data_app),
+    ("policy", policy_app),
+    ("roster", roster_app),
+    ("ledger", ledger_app),
+    ("model", model_app),
+):
     app.add_typer(group, name=name)
 
-CHECK_LOOK_S = 1.0
 MAX_REASON_CHARS = 200
 
 
@@ -310,8 +313,7 @@ def data_check(
     Example:
       silo-agent data check brain-t1
     """
-    from silo_agent.desk import Desk
-    from silo_agent.launch.process import Process
+    from silo_agent.errand import run_errand
     from silo_agent.work import IngestWork
 
     settings = _settings(context)
@@ -323,19 +325,7 @@ def data_check(
     split_key = SiloKeys.open(settings.data / "keys").split_key
     parsed = load_plan(plan) if plan else None
     work = IngestWork(parsed, binding.source, binding.labels.segments, split_key, settings.snapshots)
-    with tempfile.TemporaryDirectory(prefix="wr-") as folder, Path(os.devnull).open("w") as nowhere:
-        desk = Desk(f"unix:{Path(folder) / 'desk'}")
-        helper, started, result = Process("ingest", desk.address, nowhere), time.monotonic(), None
-        try:
-            work_id = desk.submit(work)
-            while result is None:
-                helper.ensure()
-                result = desk.wait(work_id, CHECK_LOOK_S)
-                print(f"\rreading DICOM, {time.monotonic() - started:.0f} s", end="", file=sys.stderr)
-        finally:
-            print(file=sys.stderr)
-            helper.stop()
-            desk.close()
+    result = run_errand(work, "reading DICOM")
     facts = vars(result)
     if not json_:
         facts = {k: [f"{n}: {m}" for n, m in v.items()] or ["none"] if isinstance(v, dict) else v for k, v in facts.items()}

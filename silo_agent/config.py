@@ -8,7 +8,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from wardround.errors import DataError, SettingsError
-from wardround.plan import Name, explain
+from wardround.part import Name
+from wardround.plan import explain
 
 MAX_NOTE_CHARS = 500  # of one note in a Join
 

@@ -16,7 +16,7 @@ import grpc
 from silo_agent.custody.door import PROGRAMS, Door
 from silo_agent.pb import desk_pb2, desk_pb2_grpc
 from silo_agent.work import IngestResult, TrainerResult, TrainerWork
-from silo_agent.work_wire import Work, collect, pieces, read_failure, read_result, work_facts
+from silo_agent.work_wire import Work, collect, pieces, read_failure, read_result, work_data, work_facts
 from wardround.errors import IdentityError, MessageError, SettingsError, WardroundError
 
 TAKE_WAIT_S = 20.0  # one Take; the helper asks again
@@ -115,8 +115,7 @@ class Desk(desk_pb2_grpc.DeskServicer):
             work = slot.work if self.has_work(request.program) and not self._closed else None
         if work is None:
             return iter([desk_pb2.Piece()])
-        data = work.parameters if isinstance(work, TrainerWork) else b""
-        return pieces(slot.work_id, work_facts(work), data)
+        return pieces(slot.work_id, work_facts(work), work_data(work))
 
     def Deliver(self, request_iterator: Iterator[desk_pb2.Piece], context: grpc.ServicerContext) -> desk_pb2.Ack:
         try:

@@ -2,7 +2,8 @@
 
 The story, from top to bottom: judge the plan, snapshot the data, rebuild the initial model, join; make the keys of the key epoch
 or take them; then, round by round: evaluate the global model, open the event, train, encode, upload, seal the set of uploads, apply
-the sum, report; and close. Who comes late restores the model from the epoch's checkpoint.
+the sum, report; release the final model where the plan says so; and close. Who comes late restores the model from the
+epoch's checkpoint.
 
 `agent.py` performs an action, writes what it did in one transaction, and asks again. Every action may be killed at any point and
 is then simply the next action once more; nothing here does I/O or reads a clock.
@@ -25,6 +26,7 @@ class Action(Enum):
     JOIN = "join"
     TAKE_KEYS = "take_keys"
     RESTORE = "restore"
+    RELEASE = "release"
     HALT = "halt"
     APPLY = "apply"
     EVALUATE = "evaluate"
@@ -66,6 +68,7 @@ class Facts:
     uploaded: Attempt = NEVER  # newest attempt with the aggregator's receipt
     sealed: Attempt = NEVER  # newest attempt sealed
     paused: bool = False  # IT wants nothing new to begin; what was trained still goes out
+    released: bool = False  # the bundle of the final model, if this silo made it, is with the aggregator
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ TABLE: tuple[Row, ...] = (
     Row("evaluate", lambda facts, offer: facts.evaluated_round < facts.model_round and _validates(facts, offer), Action.EVALUATE),
     Row("report", lambda facts, offer: facts.reported_round < facts.model_round, Action.REPORT),
     Row("close", lambda facts, offer: offer.phase == "COMPLETED", Action.CLOSE),
+    Row("release", lambda facts, offer: offer.phase == "RELEASING" and not facts.released, Action.RELEASE),
     Row("make keys", lambda facts, offer: offer.phase == "KEYING" and facts.epoch < offer.epoch, Action.MAKE_KEYS),
     Row("paused", lambda facts, offer: facts.paused and _trains(offer) and facts.event_round < offer.attempt[0], Action.WAIT),
     Row("open event", lambda facts, offer: _trains(offer) and facts.event_round < offer.attempt[0], Action.OPEN_EVENT),

@@ -4,11 +4,13 @@ import json
 import sqlite3
 from functools import lru_cache
 
+from silo_agent.learning import Learning
 from silo_agent.secure_sum.packing import Exponents
 from wardround.chunks import ControlMap, metric_names
 from wardround.he import HeParameters
-from wardround.layout import Layout, layout_of
+from wardround.layout import Layout
 from wardround.plan import Plan, parse_plan
+from wardround.training import learning_rate
 
 
 class Run:
@@ -16,7 +18,8 @@ class Run:
 
     def __init__(self, row: sqlite3.Row) -> None:
         self.id: str = row["run"]
-        self.plan, self.layout = _plan_and_layout(row["plan"])
+        self.plan, self.learning = _plan_and_learning(row["plan"])
+        self.layout = self.learning.layout
         self.he: HeParameters = self.plan.aggregation.he
         self.snapshot: str | None = row["snapshot"]
         self.model_round: int = row["model_round"]
@@ -24,18 +27,24 @@ class Run:
         self.metrics = metric_names(self.plan.classes)
 
     def layout_in(self, round_: int) -> Layout | None:
-        """None in the closing round, which sums metrics only."""
-        return self.layout if round_ <= self.plan.rounds else None
+        """Of what is summed; None in the closing round, which sums metrics only."""
+        return self.layout.summed if round_ <= self.plan.rounds else None
 
     def control(self, round_: int) -> ControlMap:
-        return ControlMap(len(self.layout.arrays) if round_ <= self.plan.rounds else 0, self.metrics)
+        if (layout := self.layout_in(round_)) is None:
+            return ControlMap(0, self.metrics)
+        return ControlMap(len(layout.arrays), self.metrics, self.learning.algorithm.num_scalars)
+
+    def rate(self, round_: int) -> float:
+        """Of local training."""
+        return learning_rate(self.plan.training.optimizer, round_, self.plan.rounds)
 
 
 @lru_cache(maxsize=4)
-def _plan_and_layout(text: bytes) -> tuple[Plan, Layout]:
+def _plan_and_learning(text: bytes) -> tuple[Plan, Learning]:
     """Every action asks: parsed once."""
     plan = parse_plan(text)
-    return plan, layout_of(plan)
+    return plan, Learning(plan)
 
 
 def exponents_of(model: sqlite3.Row) -> Exponents:

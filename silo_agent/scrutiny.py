@@ -11,6 +11,7 @@ from wardround.errors import IntegrityError, MessageError, VersionError
 from wardround.messages import EPOCH_ROUNDS, cohort_digest, opened, round_ctx, run_ctx
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import Plan
+from wardround.release import quorum
 
 Identities = Mapping[str, bytes]  # silo -> Ed25519 public key, from the approved roster
 
@@ -139,7 +140,7 @@ def check_restorable(known: Known, total: pb.Sum, identities: Identities) -> pb.
     if facts.ctx != ctx or (facts.federation, facts.plan_digest) != (known.federation, known.plan.digest):
         raise MessageError(f"the checkpoint of round {facts.round} is of another run than this silo's")
     reports = {signed.silo: opened(signed, pb.ModelReport, ctx, _identity(signed.silo, identities)) for signed in total.reports}
-    needed = max(2 * len(total.uploads) // 3 + 1, known.plan.aggregation.min_silos)
+    needed = quorum(len(total.uploads), known.plan.aggregation.min_silos)
     if len(reports) < needed:
         raise MessageError(
             f"the model of round {facts.round} is reported by {len(reports)} silos, {needed} are needed to restore it: it is asked "

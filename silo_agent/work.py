@@ -13,29 +13,33 @@ class TrainerWork:
 
     - initialize: the public initial model from plan.initial; `parameters`, `snapshot` and `random_key` unused.
     - train: FedProx from `parameters` on the snapshot's training patients; the result is the update (local minus global). If the
-      plan has `privacy`, by DP-SGD, and then the two last fields count: public numbers, never taken from the data.
+      plan has `privacy`, by DP-SGD, and then the two fields about it count: public numbers, never taken from the data.
     - evaluate: metrics of `parameters` on the snapshot's validation patients.
+    - export: `parameters` as a model.pt, and what wrote it; `snapshot` and `random_key` unused.
     """
 
-    kind: Literal["initialize", "train", "evaluate"]
+    kind: Literal["initialize", "train", "evaluate", "export"]
     plan: Plan
     round: int = 0  # 1-based round of a train item: sets the learning rate of the schedule
-    parameters: bytes = b""  # the global model: float32, little-endian, in layout order
+    parameters: bytes = b""  # the global model, whole with what stays at home: float32, little-endian, in layout order
     snapshot: Path | None = None  # folder, read-only
     random_key: bytes = b""  # 32 bytes of one ledger event: batches, patches and noise are drawn from it, and nothing else is
     noise_multiplier: float = 0.0  # standard deviation of the noise over privacy.max_grad_norm
     declared_patients: int = 0  # what the silo is weighted by; sample_rate times it is what a step's sum is divided by
+    correction: bytes = b""  # added to every gradient, as `parameters` are laid out; empty: nothing
 
 
 @dataclass(frozen=True)
 class TrainerResult:
-    """`values`: float32, little-endian, layout order: the model (initialize), the update (train), empty (evaluate)."""
+    """`values`: float32, little-endian, layout order: the model (initialize), the update (train), empty (evaluate); or the
+    bytes of a model.pt (export)."""
 
     values: bytes = b""
     metrics: dict[str, float] = field(default_factory=dict)  # evaluate: dice, dice/<class>, hd95_mm
     num_patients: int = 0
     seconds: float = 0.0
     device: str = "cpu"
+    versions: dict[str, str] = field(default_factory=dict)  # export: library -> version
 
 
 @dataclass(frozen=True)

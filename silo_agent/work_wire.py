@@ -14,7 +14,8 @@ from wardround.errors import BY_CODE, MessageError, WardroundError
 from wardround.plan import parse_plan
 
 PIECE_BYTES = 1 << 20
-MAX_DATA_BYTES = 1 << 30  # of one array: 268 million parameters
+MAX_DATA_BYTES = 1 << 30  # of one message's arrays: 268 million parameters
+ARRAYS = ("parameters", "correction")  # of a TrainerWork
 
 Work = TrainerWork | IngestWork
 Result = TrainerResult | IngestResult
@@ -48,16 +49,20 @@ def collect(stream: Iterable[desk_pb2.Piece]) -> tuple[str, str, bytes, bool]:
     return first.work, first.facts, bytes(data), first.failed
 
 
+def work_data(work: Work) -> bytes:
+    """The arrays, back to back."""
+    return work.parameters + work.correction if isinstance(work, TrainerWork) else b""
+
+
 def work_facts(work: Work) -> str:
-    """Everything but the array."""
+    """Everything but the arrays, of which it says how long they are."""
     facts: dict[str, Any] = {}
     for field in dataclasses.fields(work):
         value = getattr(work, field.name)
         if field.name == "plan":
             facts["plan"] = None if value is None else value.canonical().decode()
         elif isinstance(value, bytes):
-            if field.name != "parameters":
-                facts[field.name] = value.hex()
+            facts[field.name] = len(value) if field.name in ARRAYS else value.hex()
         else:
             facts[field.name] = str(value) if isinstance(value, Path) else value
     return canonical_json(facts).decode()
@@ -74,9 +79,12 @@ def read_work(program: str, facts: str, data: bytes) -> Work:
     if plan is None:
         raise MessageError("work for the trainer needs a plan")
     snapshot = None if value["snapshot"] is None else Path(value["snapshot"])
+    if len(data) != sum(value[name] for name in ARRAYS):
+        raise MessageError("work for the trainer came with arrays of another length than it says")
+    parameters, correction = data[: value["parameters"]], data[value["parameters"] :]
     return TrainerWork(
-        value["kind"], plan, value["round"], data, snapshot, bytes.fromhex(value["random_key"]), value["noise_multiplier"],
-        value["declared_patients"],
+        value["kind"], plan, value["round"], parameters, snapshot, bytes.fromhex(value["random_key"]), value["noise_multiplier"],
+        value["declared_patients"], correction,
     )  # fmt: skip
 
 

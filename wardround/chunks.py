@@ -15,15 +15,18 @@ if TYPE_CHECKING:
 COEFFICIENTS = 4096  # per chunk: poly_modulus_degree
 FIELDS = 2  # per coefficient
 MAX_PIECE_BYTES = 1 << 20  # of one PutChunks or Get
+MAX_SCALAR = 4.0  # of an algorithm's scalar at one silo; the smallest is 0
 
 
 @dataclass(frozen=True)
 class ControlMap:
     """Where each integer of the control chunk lies: count, declared_patients, check, metric_silos, then per tensor saturations
-    and second moments (units c_T^2 * 2^-30), then metric sums (units 2^-20)."""
+    and second moments (units c_T^2 * 2^-30), then the algorithm's scalars (in MAX_SCALAR over HeParameters.max_control), then
+    metric sums (units 2^-20)."""
 
     num_tensors: int
     metrics: tuple[str, ...]
+    num_scalars: int = 0
 
     COUNT = 0
     DECLARED = 1
@@ -46,17 +49,21 @@ class ControlMap:
         return slice(4 + self.num_tensors, 4 + 2 * self.num_tensors)
 
     @property
+    def scalars(self) -> slice:
+        return slice(4 + 2 * self.num_tensors, 4 + 2 * self.num_tensors + self.num_scalars)
+
+    @property
     def metric_sums(self) -> slice:
-        return slice(4 + 2 * self.num_tensors, self.used)
+        return slice(4 + 2 * self.num_tensors + self.num_scalars, self.used)
 
     @property
     def used(self) -> int:
-        return 4 + 2 * self.num_tensors + len(self.metrics)
+        return 4 + 2 * self.num_tensors + self.num_scalars + len(self.metrics)
 
 
 def num_chunks(layout: "Layout | None") -> int:
     """Chunks of an upload of this layout; None is the closing round, which is the control chunk alone."""
-    return 1 if layout is None else 1 + -(-layout.num_parameters // (FIELDS * COEFFICIENTS))
+    return 1 if layout is None else 1 + -(-layout.summed.num_parameters // (FIELDS * COEFFICIENTS))
 
 
 def metric_names(classes: tuple[str, ...]) -> tuple[str, ...]:

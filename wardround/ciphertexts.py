@@ -15,8 +15,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from backports.zstd import decompress
 from tenseal import sealapi
+from zstandard import ZstdDecompressor
 
 from wardround.chunks import COEFFICIENTS
 from wardround.errors import IntegrityError, MessageError
@@ -94,6 +94,7 @@ class Scratch:
         self._forms = forms(parameters)
         self.context = self._forms.context
         self._fd, self._path = fd, f"/proc/self/fd/{fd}"
+        self._decompressor = ZstdDecompressor()
 
     def load_upload(self, into: Any, c0: np.ndarray, seed: Buffer) -> None:
         """c0: uint64 [4096], each below q; SEAL expands c1 from the seed."""
@@ -129,7 +130,8 @@ class Scratch:
     def _saved(self, source: Any) -> bytes:
         # SEAL's bindings cannot save without zstd. These are our own bytes, and no bomb.
         source.save(self._path)
-        return decompress(os.pread(self._fd, os.fstat(self._fd).st_size, HEADER_BYTES))
+        data: bytes = self._decompressor.decompress(os.pread(self._fd, os.fstat(self._fd).st_size, HEADER_BYTES))
+        return data
 
 
 @contextmanager

@@ -12,12 +12,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from wardround import accounting, audit
 from wardround.canonical import digest_name
+from wardround.compare import Side, as_text, compare
 from wardround.errors import ConflictError, SettingsError, StorageError, WardroundError
 from wardround.keyfiles import ed25519_key, private_pem, read_secret, write_secret
 from wardround.layout import layout_of
 from wardround.messages import SILO_NAME
 from wardround.plan import Plan, load_plan
 from wardround.roster import changes, operator_words, parse_draft, read_public_key, sign_roster, write_public_key
+from wardround.tracking import Tracking
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -53,8 +55,9 @@ app = command_line("Wardround, offline: check plans, sign rosters, verify audit 
 plan_app = command_line("Plans: what a federation trains.")
 operator_app = command_line("The operator's key, which says who is in the federation.")
 roster_app = command_line("Rosters: the signed list of silos.")
+run_app = command_line("Runs, as MLflow shows them.")
 audit_app = command_line("Audit chains: who decided what, and whether anyone touched it since.")
-for name, group in (("plan", plan_app), ("operator", operator_app), ("roster", roster_app), ("audit", audit_app)):
+for name, group in (("plan", plan_app), ("operator", operator_app), ("roster", roster_app), ("run", run_app), ("audit", audit_app)):
     app.add_typer(group, name=name)
 
 
@@ -112,6 +115,33 @@ def _cost_facts(plan: Plan) -> dict[str, Any]:
         "epsilon_cap_needed": cap or "no ledger admits this run",
         "patients_needed": math.ceil(1 / event.sample_rate),
     }
+
+
+@run_app.command("compare")
+def run_compare(
+    a: Annotated[str, typer.Argument(help="A run, e.g. brain-tissue-1.")],
+    b: Annotated[str, typer.Argument(help="Another; differences are this one minus the first.")],
+    mlflow: Annotated[str, typer.Option(help="MLflow's address.", envvar="MLFLOW_TRACKING_URI")],
+    json_: Json = False,
+) -> None:
+    """Two runs side by side, out of MLflow: plans, measures, hospitals, cost, and what the comparison does not show.
+
+    \b
+    Example:
+      wardround run compare brain-tissue-1 brain-tissue-2 --mlflow http://127.0.0.1:5000
+
+    Prints Markdown. The coordinator's `aggregator run compare` prints the same out of the store.
+    """
+    tracking = Tracking(mlflow)
+    print_comparison(tracking.side(a), tracking.side(b), json_)
+
+
+def print_comparison(a: Side, b: Side, as_json: bool) -> None:
+    """Raises SettingsError for one run twice."""
+    if a.run == b.run:
+        raise SettingsError(f"{a.run} was named twice: two runs are compared")
+    found = compare(a, b)
+    print(json.dumps(found) if as_json else as_text(found), end="\n" if as_json else "")
 
 
 @operator_app.command("init")

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from wardround.canonical import canonical_json, sha256
@@ -15,6 +15,7 @@ from wardround.plan import BasicUNet, Model, Plan, ResNet18, SegResNet, UNet
 class Array:
     name: str
     shape: tuple[int, ...]
+    norm: bool = field(default=False, compare=False)  # the scale or the shift of a normalisation
 
     @property
     def size(self) -> int:
@@ -23,9 +24,15 @@ class Array:
 
 @dataclass(frozen=True)
 class Layout:
-    """Arrays in the order of the network's state_dict. A model's bytes are their float32 values, little-endian, back to back."""
+    """Arrays in the order of the network's state_dict. A model's bytes are their float32 values, little-endian, back to back.
+
+    `variates`: each array travels in the sum a second time, as a control variate. `moments`: so many float64 vectors of a model's
+    size are kept beside it. Both are the algorithm's (wardround/training.py).
+    """
 
     arrays: tuple[Array, ...]
+    variates: bool = False
+    moments: int = 1
 
     @property
     def num_parameters(self) -> int:
@@ -36,21 +43,40 @@ class Layout:
         return 4 * self.num_parameters
 
     @property
+    def summed(self) -> "Layout":
+        """What travels in the sum: the update, then the variates."""
+        return Layout((*self.arrays, *(Array(f"variate/{a.name}", a.shape) for a in self.arrays))) if self.variates else self
+
+    @property
     def digest(self) -> bytes:
-        """32 bytes over names and shapes; part of every round's ctx."""
-        return sha256(b"wardround/layout/1" + canonical_json([[a.name, list(a.shape)] for a in self.arrays]))
+        """32 bytes over names and shapes of what is summed; part of every round's ctx."""
+        return sha256(b"wardround/layout/1" + canonical_json([[a.name, list(a.shape)] for a in self.summed.arrays]))
 
 
 def checkpoint_bytes(layout: Layout) -> int:
-    """Exact size of an encrypted checkpoint (silo_agent/secure_sum/checkpoint.py): a salt of 32 bytes, then 16 bytes a parameter
-    and 2 an array, in pieces of 1 MiB with a tag of 16 bytes each."""
-    inside = 16 * layout.num_parameters + 2 * len(layout.arrays)
+    """Exact size of an encrypted checkpoint (silo_agent/secure_sum/checkpoint.py): a salt of 32 bytes, then 8 bytes a parameter for
+    the model and each moment and 2 a summed array, in pieces of 1 MiB with a tag of 16 bytes each."""
+    inside = 8 * (1 + layout.moments) * layout.num_parameters + 2 * len(layout.summed.arrays)
     return 32 + inside + 16 * -(-inside // (1 << 20))
 
 
 def layout_of(plan: Plan) -> Layout:
+    """The layout of the global model: what `plan` trains, without what stays at home."""
+    home = at_home(plan)
+    arrays = (array for array, stays in zip(trained_layout(plan).arrays, home, strict=True) if not stays)
+    return Layout(tuple(arrays), plan.training.variates, plan.training.moments)
+
+
+def trained_layout(plan: Plan) -> Layout:
     """The layout of the network that `plan` trains: one input channel, one output per class, slices or volumes by `data.patch`."""
     return network_layout(plan.model, spatial_dims=len(plan.data.patch), num_classes=len(plan.classes))
+
+
+def at_home(plan: Plan) -> tuple[bool, ...]:
+    """Of each array of `trained_layout`: whether it is trained and never leaves. The head is the last layer, weight and bias."""
+    arrays, which = trained_layout(plan).arrays, plan.training.at_home
+    head = len(arrays) - 2
+    return tuple(array.norm if which == "norms" else which == "head" and index >= head for index, array in enumerate(arrays))
 
 
 def network_layout(model: Model, spatial_dims: int, num_classes: int) -> Layout:
@@ -67,8 +93,8 @@ def network_layout(model: Model, spatial_dims: int, num_classes: int) -> Layout:
 
 
 def _affine(name: str, width: int) -> Iterator[Array]:
-    yield Array(f"{name}.weight", (width,))
-    yield Array(f"{name}.bias", (width,))
+    yield Array(f"{name}.weight", (width,), norm=True)
+    yield Array(f"{name}.bias", (width,), norm=True)
 
 
 def _biased(name: str, *shape: int, outputs: int) -> Iterator[Array]:

@@ -27,11 +27,12 @@ BODIES: dict[str, type[Message]] = {
     "seal": pb.Seal,
     "model-report": pb.ModelReport,
     "halt": pb.Halt,
+    "bundle": pb.Bundle,
 }
 
 
 def run_ctx(federation: str, run: str, plan_digest: bytes) -> bytes:
-    """What join, refusal and halt are signed for: 32 bytes."""
+    """What join, refusal, halt and bundle are signed for: 32 bytes."""
     return sha256(frame(b"wardround/run/1", federation.encode(), run.encode(), plan_digest))
 
 

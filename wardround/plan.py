@@ -5,38 +5,27 @@ door, and every later stage takes a Plan.
 """
 
 import re
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from wardround import PROTOCOL, PROTOCOL_OLDEST
 from wardround.canonical import canonical_json, sha256
 from wardround.errors import PlanError
 from wardround.he import HeParameters, he_parameters
+from wardround.part import Count, Name, Part, Positive
+from wardround.training import ALGORITHMS, Server, Training, check_together
 
 MAX_PLAN_BYTES = 64 * 1024
 UNBOUNDED = "without privacy: nothing bounds what the model tells about one patient"
 UNMASKED = "one hospital together with the aggregator could read every update; masks come next"
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, value: Any) -> Any:
-        # YAML knows lists only; a frozen plan holds tuples.
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()} if isinstance(value, dict) else value
-
-
-class Initial(_Part):
+class Initial(Part):
     """Where the first global model comes from: rebuilt by every silo from a public seed.
 
     `shapes_steps`: how many steps it is then trained on drawn shapes, which costs no privacy (silo_agent/training/shapes.py).
@@ -46,7 +35,7 @@ class Initial(_Part):
     shapes_steps: Annotated[int, Field(ge=0, le=10_000)] = 0
 
 
-class _Network(_Part):
+class _Network(Part):
     """GroupNorm in place of every normalisation, for it couples no patients: each width must divide into `norm_groups`."""
 
     classifies: ClassVar[bool] = False
@@ -169,16 +158,17 @@ NETWORKS: tuple[Literal["UNet", "BasicUNet", "SegResNet", "ResNet18", "DenseNet1
     "ResNet18",
     "DenseNet121",
 )
+TAGS = (*NETWORKS, *ALGORITHMS)
 
 
-class Transform(_Part):
+class Transform(Part):
     """A MONAI transform that ingest applies to the image of each study, by name, with its arguments as data."""
 
     name: Literal["NormalizeIntensity", "ScaleIntensity", "ScaleIntensityRange", "GaussianSmooth"]
-    arguments: dict[str, float | bool] = {}
+    arguments: dict[str, float | bool] = Field(default_factory=dict)
 
 
-class Data(_Part):
+class Data(Part):
     """What a study becomes before training. `patch` has 2 entries for networks on slices, 3 for volumes (depth, height, width)."""
 
     modality: Literal["MR", "CT"]
@@ -187,29 +177,7 @@ class Data(_Part):
     transforms: tuple[Transform, ...] = (Transform(name="NormalizeIntensity"),)
 
 
-class Optimizer(_Part):
-    """SGD in a silo, bit for bit what torch.optim.SGD computes. `schedule: cosine` lets the rate fall to zero over the rounds."""
-
-    name: Literal["sgd"]
-    learning_rate: Positive
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    schedule: Literal["constant", "cosine"] = "constant"
-
-
-class Training(_Part):
-    """Local training: `steps` optimizer steps a round, each on `batch_size` patients (one random patch each).
-
-    With `privacy`, each patient is drawn by privacy.sample_rate instead, and `batch_size` is left out (0).
-    """
-
-    algorithm: Literal["fedprox"]
-    mu: NonNegative = 0.0
-    steps: Count
-    batch_size: Annotated[int, Field(ge=0)] = 0
-    optimizer: Optimizer
-
-
-class Privacy(_Part):
+class Privacy(Part):
     """Differential privacy of every patient, over the whole run and whatever the other hospitals do; absent: none.
 
     The noise multiplier follows from epsilon, delta, sample_rate and rounds x training.steps: wardround/accounting.py.
@@ -231,14 +199,7 @@ class Privacy(_Part):
     """The probability with which a step draws a patient, each independently."""
 
 
-class Server(_Part):
-    """The server step that every silo takes alike: SGD on the mean update (1.0 and 0.0 are plain averaging)."""
-
-    learning_rate: Positive = 1.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-
-class Aggregation(_Part):
+class Aggregation(Part):
     """How updates are summed: encrypted, for at most `max_silos` of them, at `bits` a parameter (the rows of wardround/he.py)."""
 
     encryption: Literal["bfv"]
@@ -264,7 +225,7 @@ class Aggregation(_Part):
         return he_parameters(self.max_silos, self.bits)
 
 
-class Plan(_Part):
+class Plan(Part):
     """One experiment. See configs/plans/ for examples that run."""
 
     name: Name
@@ -295,6 +256,9 @@ class Plan(_Part):
                 if self.privacy is None
                 else "training.batch_size and privacy exclude each other: privacy.sample_rate says who is in a step; leave it out"
             )
+        check_together(
+            self.training, self.aggregation.server, private=self.privacy is not None, released=self.release == "registry"
+        )
         if self.model.classifies:
             raise ValueError(f"model.network {self.model.network} classifies; task segmentation needs UNet, BasicUNet or SegResNet")
         factor = self.model.patch_factor
@@ -352,18 +316,40 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(f"cannot read the plan: {error.strerror}") from None
 
 
+def flattened(plan: Plan) -> dict[str, str]:
+    """The plan with every default, one level deep: `training.optimizer.momentum`; a list is one JSON value."""
+
+    def flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                yield from flat(f"{prefix}.{key}" if prefix else key, part)
+        else:
+            yield prefix, value if isinstance(value, str) else canonical_json(value).decode()
+
+    return dict(flat("", plan.model_dump(mode="json")))
+
+
 def explain(error: ValidationError) -> str:
     """A pydantic error in one line per problem: the key as the author wrote it, what was expected, what was seen."""
     lines = []
     for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in problem["loc"] if part not in NETWORKS)
+        key = ".".join(str(part) for part in problem["loc"] if part not in TAGS)
         if problem["type"] == "extra_forbidden":
             lines.append(f"{key}: unknown key")
         elif problem["type"] == "missing":
             lines.append(f"{key}: missing")
+        elif problem["type"] == "union_tag_not_found":
+            lines.append(f"{key}.{_tag(problem)}: missing")
+        elif problem["type"] == "union_tag_invalid":
+            lines.append(f"{key}: {_tag(problem)} {problem['ctx']['tag']!r} is none of {problem['ctx']['expected_tags']}")
         elif problem["type"] == "value_error":
             lines.append(str(problem["ctx"]["error"]))
         else:
             seen = repr(problem["input"])
             lines.append(f"{key}: {problem['msg']}, got {seen if len(seen) <= 60 else seen[:57] + '...'}")
     return "\n".join(lines)
+
+
+def _tag(problem: Any) -> str:
+    """The key that says of which kind a section is."""
+    return str(problem["ctx"]["discriminator"]).strip("'")

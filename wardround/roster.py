@@ -17,7 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from wardround.canonical import canonical_json, frame, sha256
 from wardround.errors import IdentityError, MessageError, SettingsError
-from wardround.plan import Name, explain
+from wardround.part import Name
+from wardround.plan import explain
 from wardround.tls import eight_words
 
 MAX_ROSTER_BYTES = 1024 * 1024

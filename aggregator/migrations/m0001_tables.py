@@ -238,12 +238,14 @@ def upgrade() -> None:
             "message",
             TEXT,
             nullable=False,
-            comment="answer (join, refusal), halt, key-epoch, epoch-ack, upload, seal or model-report: what a silo may say once",
+            comment=(
+                "answer (join, refusal), halt, bundle, key-epoch, epoch-ack, upload, seal or model-report: what a silo may say once"
+            ),
         ),
         sa.Column("signed", sa.LargeBinary(), nullable=False, comment="pb.Signed as it came"),
         sa.Column("received_ms", sa.BigInteger(), nullable=False, comment="Unix ms: when it was durable"),
         sa.CheckConstraint(
-            "message IN ('answer', 'halt', 'key-epoch', 'epoch-ack', 'upload', 'seal', 'model-report')",
+            "message IN ('answer', 'halt', 'bundle', 'key-epoch', 'epoch-ack', 'upload', 'seal', 'model-report')",
             name=op.f("ck_statements_message"),
         ),
         sa.ForeignKeyConstraint(
@@ -259,14 +261,18 @@ def upgrade() -> None:
         "uploads",
         sa.Column("run", TEXT, nullable=False, comment="runs.id"),
         sa.Column(
-            "round", sa.Integer(), autoincrement=False, nullable=False, comment="1-based; 0 for the checkpoint of a key epoch"
+            "round",
+            sa.Integer(),
+            autoincrement=False,
+            nullable=False,
+            comment="1-based; 0 for the checkpoint of a key epoch and for a bundle",
         ),
         sa.Column(
             "attempt",
             sa.Integer(),
             autoincrement=False,
             nullable=False,
-            comment="1-based; with round 0 the number of the key epoch",
+            comment="1-based; with round 0 the number of the key epoch, 0 for a bundle",
         ),
         sa.Column("silo", TEXT, nullable=False, comment="whose it is"),
         sa.Column("content_digest", sa.LargeBinary(), nullable=False, comment="32 bytes over all chunks"),
@@ -276,7 +282,7 @@ def upgrade() -> None:
             sa.BigInteger(),
             autoincrement=False,
             nullable=False,
-            comment="patients: what its header says; 0 of a checkpoint",
+            comment="patients: what its header says; 0 of a checkpoint or bundle",
         ),
         sa.Column(
             "state",

@@ -82,8 +82,9 @@ class Federation(federation_pb2_grpc.FederationServicer):
 
     def _offer(self, caller: Caller, request: pb.PollRequest) -> pb.Offer:
         waiting = self._store.waiting(caller.name, request.run, request.model_round)
-        message = situation(waiting.state, self._store.now_ms()) if waiting.state else "no run is under way"
-        return offer(waiting, caller.name, self._store.federation, message)
+        now = self._store.now_ms()
+        message = situation(waiting.state, now) if waiting.state else "no run is under way"
+        return offer(waiting, caller.name, self._store.federation, message, now)
 
 
 async def _first(timeout_s: float, *events: asyncio.Event) -> None:

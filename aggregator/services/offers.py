@@ -1,6 +1,6 @@
 """What one silo is offered: a pure function of what the store showed at one instant."""
 
-from aggregator.cohort import keying_facts
+from aggregator.cohort import bundle_maker, keying_facts
 from aggregator.records import RunState, Sum, Waiting
 from wardround.audit import SignedHead
 from wardround.canonical import sha256
@@ -10,10 +10,10 @@ _ENDED = {"completed": pb.COMPLETED, "failed": pb.FAILED, "aborted": pb.ABORTED}
 _IN_COHORT = {"open": pb.OPEN, "sealed": pb.SEALED, "evaluating": pb.EVALUATING}
 
 
-def offer(waiting: Waiting, silo: str, federation: str, message: str) -> pb.Offer:
+def offer(waiting: Waiting, silo: str, federation: str, message: str, now_ms: int) -> pb.Offer:
     """The offer with its etag, a digest over everything in it that a silo acts on: not the audit head, not the message."""
     state = waiting.state
-    made = pb.Offer(phase=pb.IDLE) if state is None else _of_run(state, waiting, silo, federation)
+    made = pb.Offer(phase=pb.IDLE) if state is None else _of_run(state, waiting, silo, federation, now_ms)
     made.roster_version = waiting.roster_version
     made.etag = sha256(made.SerializeToString(deterministic=True))
     made.head.CopyFrom(audit_head(waiting.head))
@@ -25,8 +25,8 @@ def audit_head(head: SignedHead) -> pb.AuditHead:
     return pb.AuditHead(seq=head.head.seq, hash=head.head.hash, signature=head.signature)
 
 
-def _of_run(state: RunState, waiting: Waiting, silo: str, federation: str) -> pb.Offer:
-    phase = _phase(state, silo)
+def _of_run(state: RunState, waiting: Waiting, silo: str, federation: str, now_ms: int) -> pb.Offer:
+    phase = _phase(state, silo, now_ms)
     made = pb.Offer(phase=phase, run=state.id, plan=state.plan_text)
     attempt, epoch = state.attempt, state.epoch
     if phase == pb.KEYING:
@@ -48,7 +48,7 @@ def _of_run(state: RunState, waiting: Waiting, silo: str, federation: str) -> pb
     return made
 
 
-def _phase(state: RunState, silo: str) -> pb.Phase:
+def _phase(state: RunState, silo: str, now_ms: int) -> pb.Phase:
     if state.phase in _ENDED:
         return _ENDED[state.phase]
     if silo not in state.joins and silo not in state.refusals:
@@ -61,6 +61,8 @@ def _phase(state: RunState, silo: str) -> pb.Phase:
         return pb.WAITING
     if state.attempt.phase == "evaluating":
         return pb.EVALUATING
+    if bundle_maker(state, now_ms) == silo:
+        return pb.RELEASING
     return _IN_COHORT.get(state.attempt.phase, pb.WAITING) if silo in state.attempt.cohort else pb.WAITING
 
 

@@ -235,6 +235,12 @@ def check_report(attempt: Attempt, state: RunState, silo: str, report: pb.ModelR
             raise MessageError(f"a report's values are at most {MAX_VALUES} finite numbers with short names")
     if not 0 <= report.saturated_fraction <= 1:
         raise MessageError("saturated_fraction lies in 0..1")
+    final = attempt.round > state.plan.rounds and state.plan.release == "registry"
+    if report.parameters_digest and not (final and len(report.parameters_digest) == 32):
+        raise MessageError(
+            f"{silo} reports a digest of parameters, which is for the final model of a plan that says release: registry: "
+            "nothing is kept"
+        )
     if report.own and not pb.Join.FromString(state.joins[silo].body).per_silo_metrics:
         raise MessageError(f"{silo} reports metrics of its own although its Join keeps them at home: nothing is kept")
 

@@ -7,6 +7,7 @@ from aggregator.blobs import Blobs
 from aggregator.fold import FoldProcess, check_digest
 from aggregator.interceptors import Caller
 from aggregator.records import Attempt, RunState, Upload
+from aggregator.services.bundles import begin_bundle, finish_bundle
 from aggregator.services.statements import attempt_of, check_key_epoch, epoch_of
 from aggregator.store import Store, on_fresh_state
 from aggregator.telemetry import DOWNLOAD_BYTES, UPLOAD_BYTES, log
@@ -24,7 +25,7 @@ class Transfers:
         self._store, self._blobs, self._folds = store, blobs, folds
 
     def begin(self, caller: Caller, signed: pb.Signed) -> pb.UploadStatus:
-        """Accept a signed header or key epoch; says how many bytes are durable already, with the receipt when all was."""
+        """Accept a signed header, key epoch or bundle; says how many bytes are durable already, with the receipt when all was."""
 
         def checkpoint() -> Upload:
             identity = self._store.check_active(caller.name).identity
@@ -44,7 +45,10 @@ class Transfers:
             content, size, patients = header.content_digest, header.content_bytes, header.declared_patients
             return self._store.begin_upload(signed, attempt.key, content, size, state.seq, patients)
 
-        return self._status(on_fresh_state(checkpoint if signed.message == "key-epoch" else decide))
+        def bundle() -> Upload:
+            return begin_bundle(self._store, signed, self._store.check_active(caller.name).identity)
+
+        return self._status(on_fresh_state({"key-epoch": checkpoint, "bundle": bundle}.get(signed.message, decide)))
 
     def put(self, caller: Caller, piece: pb.Piece) -> pb.UploadStatus:
         data = piece.data  # a copy, each time one looks
@@ -62,7 +66,7 @@ class Transfers:
         """Verify size, digest and form; the receipt says that the whole is durable and will be counted once."""
         upload = self._upload(caller, trailer.content_digest)
         if upload.round == 0:
-            return self._finish_checkpoint(upload)
+            return self._finish_checkpoint(upload) if upload.attempt else self._finish_bundle(upload)
         attempt, state = attempt_of(self._store, trailer.ctx, "upload", caller.name)
         if attempt.key != (upload.run, upload.round, upload.attempt):
             raise MessageError("the trailer was made for another run, round or attempt than the header of this content")
@@ -93,6 +97,11 @@ class Transfers:
             self._blobs.finish(upload.content_digest, upload.silo, upload.num_bytes, gate)
             self._store.upload_durable(upload)
             log.info("checkpoint", silo=upload.silo, run=upload.run, epoch=upload.attempt, num_bytes=upload.num_bytes)
+        return _receipt(upload)
+
+    def _finish_bundle(self, upload: Upload) -> pb.Receipt:
+        if upload.state == "receiving":
+            finish_bundle(self._store, self._blobs, upload)
         return _receipt(upload)
 
     def get(self, caller: Caller, request: pb.GetRequest) -> pb.Piece:

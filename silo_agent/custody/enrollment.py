@@ -16,8 +16,8 @@ from wardround import VERSION, tls
 from wardround.errors import SettingsError, WardroundError
 from wardround.keyfiles import split_pem
 from wardround.messages import enroll_bytes
+from wardround.part import Name
 from wardround.pb import federation_pb2 as pb
-from wardround.plan import Name
 from wardround.roster import read_public_key
 
 MAX_FILE_BYTES = 64 * 1024

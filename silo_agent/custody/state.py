@@ -75,6 +75,7 @@ CREATE TABLE IF NOT EXISTS models (
     ctx BLOB CHECK (length(ctx) = 32),           -- of the attempt whose sum it came from; NULL for the initial model
     sum_digest BLOB,                             -- of the sum it came from; NULL for the initial model
     means TEXT NOT NULL DEFAULT '{}',            -- JSON: cohort means that came out of the sum (they measure the round before)
+    declared TEXT NOT NULL DEFAULT '{}',         -- JSON: silo -> declared patients, of the silos of that sum; empty if restored
     saturated REAL NOT NULL DEFAULT 0,           -- fraction of the cohort's values that saturated, 0..1
     metrics TEXT,                                -- JSON: this silo's validation metrics; NULL until evaluated
     num_validation INTEGER,                      -- patients behind `metrics`
@@ -95,6 +96,14 @@ CREATE TABLE IF NOT EXISTS events (
     PRIMARY KEY (run, round)
 ) STRICT;
 
+-- What stays at home of a run: layers that never leave, and the silo's own control variate (silo_agent/algorithms/at_home.py).
+CREATE TABLE IF NOT EXISTS homes (
+    run TEXT NOT NULL REFERENCES runs,
+    round INTEGER NOT NULL CHECK (round >= 0),   -- whose training left it so; 0: as the initial model has it
+    digest TEXT NOT NULL,                        -- hex digest of its file in the spool
+    PRIMARY KEY (run, round)
+) STRICT;
+
 -- What was made for one attempt of one round: at most one upload and one Seal, ever.
 CREATE TABLE IF NOT EXISTS attempts (
     run TEXT NOT NULL REFERENCES runs,
@@ -106,6 +115,14 @@ CREATE TABLE IF NOT EXISTS attempts (
     seal BLOB,                                   -- the signed Seal, exactly as sent
     seal_sent INTEGER NOT NULL DEFAULT 0 CHECK (seal_sent IN (0, 1)),
     PRIMARY KEY (run, round, attempt)
+) STRICT;
+
+-- The bundle of a run's final model, if this silo was asked to make it.
+CREATE TABLE IF NOT EXISTS bundles (
+    run TEXT PRIMARY KEY REFERENCES runs,
+    content TEXT NOT NULL,                       -- hex digest of what is uploaded
+    statement BLOB NOT NULL,                     -- the signed Bundle, exactly as sent
+    sent INTEGER NOT NULL DEFAULT 0 CHECK (sent IN (0, 1))
 ) STRICT;
 
 -- What the agent is doing, for `silo-agent status`: one row.
@@ -299,6 +316,7 @@ class State:
             encoded=attempt("TRUE"),
             uploaded=attempt("uploaded = 1"),
             sealed=attempt("seal_sent = 1"),
+            released=newest("bundles", "sent", "sent = 1") is not None,
         )
 
     def judged(self, run: str, plan: bytes, plan_digest: bytes, code: str | None, reason: str) -> None:
@@ -396,15 +414,17 @@ class State:
         self._wipe()
 
     def needed(self, run: str) -> set[str]:
-        """Hex digests of what a later step may still ask for: each run's newest model, this run's update and uploads of the round
-        that follows it, and a checkpoint on its way."""
+        """Hex digests of what a later step may still ask for: each run's newest model and what stays at home of it, this run's
+        update and uploads of the round that follows it, and a checkpoint or bundle on its way."""
+        homes = self._all("SELECT digest FROM homes AS h WHERE round = (SELECT max(round) FROM homes WHERE run = h.run)")
         models = self._all("SELECT state FROM models NATURAL JOIN runs WHERE round = model_round")
         following = "run = ? AND round = (SELECT model_round + 1 FROM runs WHERE run = ?)"
         updates = self._all(f"SELECT update_digest FROM events WHERE {following} AND update_digest NOT NULL", run, run)  # noqa: S608
         headers = self._all(f"SELECT header FROM attempts WHERE {following}", run, run)  # noqa: S608 - our words
         uploads = (pb.UploadHeader.FromString(pb.Signed.FromString(row["header"]).body).content_digest for row in headers)
         checkpoints = self._all("SELECT checkpoint FROM epochs WHERE run = ? AND told = 0 AND checkpoint NOT NULL", run)
-        return {*(row[0] for row in (*models, *updates, *checkpoints)), *(digest.hex() for digest in uploads)}
+        bundles = self._all("SELECT content FROM bundles WHERE sent = 0")
+        return {*(row[0] for row in (*models, *homes, *updates, *checkpoints, *bundles)), *(digest.hex() for digest in uploads)}
 
     def evaluated(self, run: str, round_: int, metrics: str, num_validation: int) -> None:
         with self._transaction() as db:
@@ -413,10 +433,35 @@ class State:
                 (metrics, num_validation, run, round_),
             )
 
+    def measured(self, run: str, round_: int, seconds: str) -> None:
+        """How long it all took, before the first report says so: a second report says the same."""
+        with self._transaction() as db:
+            db.execute("UPDATE models SET seconds = ? WHERE run = ? AND round = ? AND seconds = '{}'", (seconds, run, round_))
+
     def reported(self, run: str, round_: int, digest: bytes) -> None:
         with self._transaction() as db:
             db.execute("UPDATE models SET reported = 1 WHERE run = ? AND round <= ?", (run, round_))
             self._record(db, "model report", {"run": run, "round": round_, "statement": digest.hex()})
+
+    def seeded(self, run: str) -> bool:
+        """Whether any event of the run drew from a seed."""
+        return self._one("SELECT 1 FROM events WHERE run = ? AND seeded = 1 LIMIT 1", run) is not None
+
+    # --- the released model ----------------------------------------------------------------------------------------------------
+
+    def bundle(self, run: str) -> sqlite3.Row | None:
+        row: sqlite3.Row | None = self._one("SELECT * FROM bundles WHERE run = ?", run)
+        return row
+
+    def bundle_made(self, run: str, content: str, statement: bytes, parameters_digest: bytes) -> None:
+        """Its content is durable in the spool; no other will be made for this run."""
+        with self._transaction() as db:
+            db.execute("INSERT INTO bundles (run, content, statement) VALUES (?, ?, ?)", (run, content, statement))
+            self._record(db, "released", {"run": run, "parameters": parameters_digest.hex(), "content": content})
+
+    def bundle_sent(self, run: str) -> None:
+        with self._transaction() as db:
+            db.execute("UPDATE bundles SET sent = 1 WHERE run = ?", (run,))
 
     # --- training and uploads --------------------------------------------------------------------------------------------------
 
@@ -428,13 +473,25 @@ class State:
     def event(self, run: str, round_: int) -> sqlite3.Row:
         return self._one("SELECT * FROM events WHERE run = ? AND round = ?", run, round_)  # type: ignore[no-any-return]  # a sqlite3.Row
 
-    def update_made(self, run: str, round_: int, digest: str, num_patients: int) -> None:
+    def update_made(self, run: str, round_: int, digest: str, num_patients: int, home: str | None = None) -> None:
+        """The one update of an event, and what its training left at home; both files are durable already."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE events SET update_digest = ?, num_patients = ? WHERE run = ? AND round = ?",
                 (digest, num_patients, run, round_),
             )
+            _keep_home(db, run, round_, home)
             self._record(db, "update", {"run": run, "round": round_, "digest": digest})
+
+    def keep_home(self, run: str, round_: int, digest: str | None) -> None:
+        """What stays at home as the initial model has it; None: nothing does."""
+        with self._transaction() as db:
+            _keep_home(db, run, round_, digest)
+
+    def home(self, run: str, before_round: int) -> str | None:
+        """What the newest training before a round left at home: hex digest, None if nothing stays."""
+        row = self._one("SELECT digest FROM homes WHERE run = ? AND round < ? ORDER BY round DESC LIMIT 1", run, before_round)
+        return None if row is None else str(row["digest"])
 
     def attempt(self, run: str, attempt: Attempt) -> sqlite3.Row | None:
         row: sqlite3.Row | None = self._one("SELECT * FROM attempts WHERE run = ? AND round = ? AND attempt = ?", run, *attempt)
@@ -470,6 +527,11 @@ class State:
     def sealed(self, run: str, attempt: Attempt) -> None:
         with self._transaction() as db:
             db.execute("UPDATE attempts SET seal_sent = 1 WHERE run = ? AND round = ? AND attempt = ?", (run, *attempt))
+
+
+def _keep_home(db: sqlite3.Connection, run: str, round_: int, digest: str | None) -> None:
+    if digest is not None:
+        db.execute("INSERT OR REPLACE INTO homes VALUES (?, ?, ?)", (run, round_, digest))
 
 
 def _or(value: int | None, otherwise: int) -> int:

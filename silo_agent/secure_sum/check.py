@@ -7,13 +7,13 @@ fields. It is linear: the check of a sum is the sum of the checks. A silo adds i
 Who does not know the epoch secret changes any of these numbers, or whose they are, unnoticed with probability 2^-31.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from silo_agent.secure_sum.packing import BLOCK, Encoded, derive, keystream, pack, unpack, words
-from wardround.chunks import COEFFICIENTS, ControlMap
+from wardround.chunks import COEFFICIENTS, MAX_SCALAR, ControlMap
 from wardround.errors import IntegrityError
 from wardround.he import DEFAULT, HeParameters
 from wardround.layout import Layout
@@ -51,14 +51,19 @@ def control_chunk(
     ctx: bytes,
     secret: bytes,
     parameters: HeParameters = DEFAULT,
+    scalars: Sequence[float] = (),
 ) -> np.ndarray:
-    """uint64 [1, 4096]. `encoded` None: the closing round. `metrics` None: this silo measures nothing (too few patients)."""
+    """uint64 [1, 4096]. `encoded` None: the closing round. `metrics` None: this silo measures nothing (too few patients).
+    `scalars`: the algorithm's, weighted, each 0 to MAX_SCALAR; IntegrityError beyond."""
     chunk = np.zeros(COEFFICIENTS, dtype=np.uint64)
     chunk[control.COUNT] = 1
     chunk[control.DECLARED] = declared_patients
     if encoded is not None:
         chunk[control.saturations] = encoded.saturations
         chunk[control.second_moments] = encoded.moments
+        if any(not 0 <= scalar <= MAX_SCALAR for scalar in scalars):
+            raise IntegrityError("a number that the algorithm adds to the sum is too large for its place: nothing was sent")
+        chunk[control.scalars] = [round(scalar / MAX_SCALAR * parameters.max_control) for scalar in scalars]
     if metrics is not None:
         chunk[control.METRIC_SILOS] = 1
         chunk[control.metric_sums] = [
@@ -77,13 +82,14 @@ def upload_coefficients(control: np.ndarray, encoded: Encoded | None, parameters
 @dataclass(frozen=True)
 class CheckedSum:
     """A sum that passed. `fields`: uint64 [num_parameters] (empty in the closing round), each the sum of n codes around
-    n * `zero_code`. `means`: cohort means, 3 decimals."""
+    n * `zero_code`. `means`: cohort means, 3 decimals. `scalars`: sums of the silos' weighted ones."""
 
     fields: np.ndarray
     saturations: tuple[int, ...]
     moments: tuple[int, ...]
     means: dict[str, float]
     zero_code: int = DEFAULT.zero_code
+    scalars: tuple[float, ...] = ()
 
 
 def checked_sum(
@@ -118,7 +124,8 @@ def checked_sum(
         if measured
     }
     saturations, moments = (tuple(int(v) for v in head[part]) for part in (control.saturations, control.second_moments))
-    return CheckedSum(fields, saturations, moments, means, parameters.zero_code)
+    scalars = tuple(int(v) * MAX_SCALAR / parameters.max_control for v in head[control.scalars])
+    return CheckedSum(fields, saturations, moments, means, parameters.zero_code, scalars)
 
 
 def _check_control(head: np.ndarray, layout: Layout | None, control: ControlMap, n: int, parameters: HeParameters) -> None:
@@ -129,7 +136,7 @@ def _check_control(head: np.ndarray, layout: Layout | None, control: ControlMap,
     limits[control.CHECK] = n * (PRIME - 1)
     limits[control.METRIC_SILOS] = n
     limits[control.saturations] = np.array(sizes, dtype=np.uint64) * np.uint64(n)
-    limits[control.second_moments] = n * parameters.max_control
+    limits[control.second_moments] = limits[control.scalars] = n * parameters.max_control
     limits[control.metric_sums] = min(int(head[control.METRIC_SILOS]), n) * parameters.max_control
     if (head > limits).any():
         where = int(np.argmax(head > limits))

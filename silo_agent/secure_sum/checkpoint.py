@@ -1,16 +1,16 @@
 """Checkpoints (secure-sum.md section 6): where a run stands after a round, for silos that missed rounds or are new. The aggregator
 stores them and cannot read them.
 
-A checkpoint is salt (32 bytes) | pieces. Inside are `GlobalModel.dump` (theta, then velocity, float64) and the next round's
-exponents (int16), all little-endian: 16 bytes a parameter and 2 an array. It is cut into pieces of 1 MiB, each AES-256-GCM
-(NIST SP 800-38D) under HKDF-SHA256(epoch_secret, salt, "wardround/checkpoint/1"). The nonce is the piece's number (11 bytes,
-big-endian) | 1 for the last piece, else 0: the STREAM construction of Hoang, Reyhanitabar, Rogaway, Vizar 2015 (eprint
-2015/189), so no piece moves, goes missing or gains a successor. Associated data: SHA-256 over run, round, layout, model mac,
-bounds, epoch and piece. These facts do not travel: the reader puts in what signed reports say, and nothing opens under other
-ones.
+A checkpoint is salt (32 bytes) | pieces. Inside are `GlobalModel.dump` (theta, then the algorithm's moments, float64) and the
+next round's exponents (int16), all little-endian: 8 bytes a parameter and vector, and 2 a summed array. It is cut into pieces of
+1 MiB, each AES-256-GCM (NIST SP 800-38D) under HKDF-SHA256(epoch_secret, salt, "wardround/checkpoint/1"). The nonce is the
+piece's number (11 bytes, big-endian) | 1 for the last piece, else 0: the STREAM construction of Hoang, Reyhanitabar, Rogaway,
+Vizar 2015 (eprint 2015/189), so no piece moves, goes missing or gains a successor. Associated data: SHA-256 over run, round,
+layout, model mac, bounds, epoch and piece. These facts do not travel: the reader puts in what signed reports say, and nothing
+opens under other ones.
 
 Every silo of the epoch can make one that opens. So the reader recomputes the model's mac and the bounds' digest, which at least T
-silos must have signed (the caller counts them). No mac covers velocity and what float32 rounds away of theta: a maker that lies
+silos must have signed (the caller counts them). No mac covers the moments and what float32 rounds away of theta: a maker that lies
 there is found out by the next round's reports, which then differ, and the run halts.
 """
 
@@ -50,7 +50,7 @@ class Reported:
 def write_checkpoint(round_: int, model: GlobalModel, exponents: Exponents, layout: Layout, keys: EpochKeys) -> bytes:
     """The state after `round_`; `exponents` are the next round's. A fresh salt at every call: store it before it is sent.
 
-    Memory: at its peak twice the model's 16 bytes a parameter beside the model itself, as in `read_checkpoint`."""
+    Memory: at its peak twice the model's state beside the model itself, as in `read_checkpoint`."""
     mac = model_mac(keys.digest_key, layout, model.parameters)
     reported = Reported(round_, mac, bounds_digest(exponents))
     salt = os.urandom(SALT_BYTES)
@@ -86,7 +86,7 @@ def _opened(data: bytes, reported: Reported, layout: Layout, keys: EpochKeys) ->
 
 
 def _parsed(inside: BytesIO, layout: Layout) -> tuple[GlobalModel, Exponents]:
-    start = inside.seek(-2 * len(layout.arrays), SEEK_END)
+    start = inside.seek(-2 * len(layout.summed.arrays), SEEK_END)
     tail = inside.read()
     inside.truncate(start)  # so that getvalue() hands out the buffer instead of a copy
     model = GlobalModel.load(inside.getvalue(), layout)

@@ -21,12 +21,19 @@ Gradient = Callable[[], Sequence[Tensor]]
 
 
 def local_update(
-    parameters: Sequence[Tensor], gradients: Iterable[Gradient], *, mu: float, learning_rate: float, momentum: float
+    parameters: Sequence[Tensor],
+    gradients: Iterable[Gradient],
+    *,
+    mu: float,
+    learning_rate: float,
+    momentum: float,
+    correction: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """Take one SGD step per entry of `gradients` and return the update, theta_local - theta_global, one tensor per parameter.
 
     - `parameters`: theta_global on entry, moved in place to theta_local.
     - `gradients`: each is called once, at the current parameters, and returns grad F of its minibatch, shaped like them.
+    - `correction`: shaped like the parameters, is added to each gradient (SCAFFOLD's c - c_i); none: no operation is added.
     - momentum is fresh at every call: a silo keeps no state between rounds.
     - No entry, or every gradient zero: the update is exactly zero. NaN and infinity pass through; the caller refuses them.
     """
@@ -35,6 +42,8 @@ def local_update(
     velocity: list[Tensor] = []
     for gradient in gradients:
         step = list(gradient())
+        if correction:
+            step = [own.add(drift) for own, drift in zip(step, correction, strict=True)]
         if mu != 0:
             step = [own.add(theta - anchor, alpha=mu) for own, theta, anchor in zip(step, moved, start, strict=True)]
         if momentum != 0:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
-from math import cos, inf, pi
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from silo_agent.snapshot import Snapshot, read_snapshot
 from silo_agent.training.evaluation import evaluate
+from silo_agent.training.export import export
 from silo_agent.training.fedprox import Gradient, local_update
 from silo_agent.training.networks import as_bytes, build_network, initial_parameters, load_parameters
 from silo_agent.training.noise import round_randomness
@@ -28,8 +29,9 @@ from silo_agent.training.tasks import segmentation
 from silo_agent.work import TrainerResult, TrainerWork
 from wardround.canonical import frame, sha256
 from wardround.errors import DataError, MessageError
-from wardround.layout import layout_of
-from wardround.plan import Optimizer, Plan, Privacy
+from wardround.layout import trained_layout
+from wardround.plan import Plan, Privacy
+from wardround.training import learning_rate
 
 RANDOM_KEY_BYTES = 32
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
@@ -46,12 +48,15 @@ def handle(work: TrainerWork) -> TrainerResult:
     began = time.monotonic()
     if work.kind == "initialize":
         return TrainerResult(values=start_of(work.plan), seconds=time.monotonic() - began)
+    if work.kind == "export":
+        pt, versions = export(work.plan, work.parameters)
+        return TrainerResult(values=pt, versions=versions, seconds=time.monotonic() - began)
     snapshot = _snapshot_of(work)
     device = prepare_device()
     network = network_of(work.plan, work.parameters, device)
     if work.kind == "train":
         if work.plan.privacy is None:
-            values, num_patients = train(network, work.plan, snapshot, work.round, work.random_key, device)
+            values, num_patients = train(network, work.plan, snapshot, work.round, work.random_key, device, work.correction)
         else:
             values, num_patients = train_privately(network, work, work.plan.privacy, snapshot, device)
         return TrainerResult(values=values, num_patients=num_patients, seconds=time.monotonic() - began, device=device.type)
@@ -61,7 +66,7 @@ def handle(work: TrainerWork) -> TrainerResult:
 
 def start_of(plan: Plan) -> bytes:
     """The public initial model: from the seed alone, then trained on drawn shapes if the plan says so, always on the CPU."""
-    start = initial_parameters(layout_of(plan), plan.initial.seed)
+    start = initial_parameters(trained_layout(plan), plan.initial.seed)
     if plan.initial.shapes_steps == 0:
         return start
     prepare_device()
@@ -109,12 +114,18 @@ def _keep_freed_memory() -> None:
 def network_of(plan: Plan, parameters: bytes, device: torch.device) -> nn.Module:
     """The plan's network holding `parameters`. Raises MessageError as load_parameters does."""
     network = build_network(plan.model, len(plan.data.patch), len(plan.classes))
-    load_parameters(network, layout_of(plan), parameters)
+    load_parameters(network, trained_layout(plan), parameters)
     return network.to(device)
 
 
 def train(
-    network: nn.Module, plan: Plan, snapshot: Snapshot, round: int, random_key: bytes, device: torch.device
+    network: nn.Module,
+    plan: Plan,
+    snapshot: Snapshot,
+    round: int,
+    random_key: bytes,
+    device: torch.device,
+    correction: bytes = b"",
 ) -> tuple[bytes, int]:
     """One round of local training from the network's parameters: (update in layout order, number of training patients)."""
     if len(random_key) != RANDOM_KEY_BYTES:
@@ -122,7 +133,7 @@ def train(
     patients = _patients(snapshot)
     parameters = list(network.parameters())
     gradients = _gradients(network, parameters, plan, snapshot, patients, random_key, device)
-    return _update(parameters, plan, round, gradients), len(patients)
+    return _update(parameters, plan, round, gradients, _shaped(correction, parameters)), len(patients)
 
 
 def train_privately(
@@ -173,7 +184,20 @@ def _patients(snapshot: Snapshot) -> segmentation.Patients:
     return patients
 
 
-def _update(parameters: Sequence[Tensor], plan: Plan, round: int, gradients: Iterator[Gradient]) -> bytes:
+def _shaped(correction: bytes, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """One tensor per parameter; none if it is empty."""
+    if not correction:
+        return []
+    flat = torch.from_numpy(np.frombuffer(correction, "<f4").astype(np.float32))
+    if flat.numel() != sum(theta.numel() for theta in parameters):
+        raise MessageError("the correction of the gradients has another layout than the network")
+    pieces = torch.split(flat, [theta.numel() for theta in parameters])
+    return [piece.reshape(theta.shape).to(theta.device) for piece, theta in zip(pieces, parameters, strict=True)]
+
+
+def _update(
+    parameters: Sequence[Tensor], plan: Plan, round: int, gradients: Iterator[Gradient], correction: Sequence[Tensor] = ()
+) -> bytes:
     if not 1 <= round <= plan.rounds:
         raise MessageError(f"a train item is for a round from 1 to {plan.rounds}: this one says {round}")
     update = local_update(
@@ -182,6 +206,7 @@ def _update(parameters: Sequence[Tensor], plan: Plan, round: int, gradients: Ite
         mu=plan.training.mu,
         learning_rate=learning_rate(plan.training.optimizer, round, plan.rounds),
         momentum=plan.training.optimizer.momentum,
+        correction=correction,
     )
     return as_bytes(update)
 
@@ -196,7 +221,7 @@ def _gradients(
     device: torch.device,
 ) -> Iterator[Gradient]:
     """One gradient per step of the plan, each of a fresh batch."""
-    for step in range(plan.training.steps):
+    for step in range(plan.training.steps_of(len(patients))):
         images, labels = segmentation.draw_batch(
             snapshot, patients, plan.training.batch_size, plan.data.patch, step_random(random_key, step)
         )
@@ -211,13 +236,6 @@ def step_random(random_key: bytes, step: int) -> np.random.Generator:
     """What step `step` (from 0) of a work item draws from: PCG64, seeded with SHA-256("wardround/batch/1" | random_key | step)."""
     seed = sha256(frame(b"wardround/batch/1", random_key, step.to_bytes(4, "big")))
     return np.random.Generator(np.random.PCG64(int.from_bytes(seed, "big")))
-
-
-def learning_rate(optimizer: Optimizer, round: int, rounds: int) -> float:
-    """The rate of a round, 1-based. Cosine: the plan's rate in round 1, zero after the last (Loshchilov & Hutter 2017, eq. 5)."""
-    if optimizer.schedule == "constant":
-        return optimizer.learning_rate
-    return optimizer.learning_rate * 0.5 * (1 + cos(pi * (round - 1) / rounds))
 
 
 def main() -> None:

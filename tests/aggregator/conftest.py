@@ -1,9 +1,13 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
+from aggregator.lineage import connect
 from tests.support.aggregator import TestAggregator
+from tests.support.mlflow_rows import Outage, Seen, outage_of, rows
 from tests.support.postgresql import PostgreSQL, postgresql
 
 # The suite of the store: each of its tests runs on SQLite and on a real PostgreSQL.
@@ -35,3 +39,29 @@ def aggregator(tmp_path: Path, database: str | None) -> Iterator[TestAggregator]
     running = TestAggregator(tmp_path, database=database).start()
     yield running
     running.close()
+
+
+@pytest.fixture(scope="session")
+def outage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
+    """One MLflow server for all."""
+    with outage_of(tmp_path_factory.mktemp("mlflow")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    """`connect` sets the switches of the process it runs in, which is an aggregator, not this one."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def client(outage: Outage) -> MlflowClient:
+    return connect(outage.uri)
+
+
+@pytest.fixture
+def seen(outage: Outage) -> Seen:
+    return lambda federation: rows(outage.database, federation)

@@ -57,6 +57,25 @@ def test_plans_are_checked_against_who_is_there(aggregator: TestAggregator, comm
     assert "has 2 active silos" in command("plan", "submit", "plan.yaml")[2]
 
 
+def test_runs_are_compared_and_reported_out_of_the_store(aggregator: TestAggregator, command: Any) -> None:
+    silos = aggregator.hospitals()
+    for changes in ({}, {"rounds": 1}):
+        run_name = aggregator.submit(tiny(**changes))
+        until(lambda name=run_name: aggregator.store.run(name).phase == "completed", silos)
+    code, out, _ = command("run", "compare", "tiny-1", "tiny-2", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["plan"] == {"rounds": ["2", "1"]} and found["rounds"] == {"a": 3, "b": 2, "difference": -1}
+    assert found["final"]["dice"] == {"a": 0.5, "b": 0.5, "difference": 0.0}
+    assert found["hospitals"]["leuven"]["a"] == 0.4 and found["upload_bytes"]["difference"] < 0
+    assert "# tiny-2 against tiny-1" in command("run", "compare", "tiny-1", "tiny-2")[1]
+    assert command("run", "compare", "tiny-1", "tiny-1")[::2] == (
+        2, "error (settings): tiny-1 was named twice: two runs are compared\n",
+    )  # fmt: skip
+    assert "there is no run tiny-9" in command("run", "compare", "tiny-1", "tiny-9")[2]
+    assert "# Privacy report of tiny-1" in command("run", "report", "tiny-1")[1]
+    assert "<h1>Privacy report of tiny-1</h1>" in command("run", "report", "tiny-1", "--html")[1]
+
+
 def test_more_silos_than_a_sum_has_room_for(aggregator: TestAggregator, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     aggregator.hospitals()
     monkeypatch.setattr(Roster, "active", lambda _: {f"silo-{number}": None for number in range(33)})

@@ -29,7 +29,7 @@ def state(rosters: list[Roster], approved: dict[str, int], run_roster: int = 1, 
         joins[silo] = sign("join", run_ctx("neuro", "tiny-1", plan.digest), body, silo, ed25519(number))
     return RunState(
         seq=1, id="tiny-1", plan=plan, plan_text=plan.canonical(), ctx=b"", phase="pending", reason="", abort_requested=False,
-        cap=20, roster_version=run_roster, submitted_by="", created_ms=0, started_ms=None,
+        paused="", cap=20, roster_version=run_roster, submitted_by="", created_ms=0, started_ms=None,
         ended_ms=None, deadline_ms=0, audit_seq=1,
         rosters={one.version: one for one in rosters if one.version >= run_roster}, revoked=frozenset(), approved=approved,
         joins=joins,

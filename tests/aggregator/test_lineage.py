@@ -2,194 +2,40 @@
 
 import math
 import os
-import socket
-import sqlite3
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import requests
-import structlog
 from mlflow import MlflowClient
 
 from aggregator import lineage
-from aggregator.lineage import DatasetView, RoundView, RunView, catch_up, connect, follow, note_of, points_of, project
+from aggregator.lineage import catch_up, connect, note_of, points_of, project
 from aggregator.round import RunPhase
-from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
+from aggregator.run_view import RunView
+from tests.support.mlflow_rows import (
+    SIMULATED,
+    SOURCE,
+    Fragile,
+    Killed,
+    Outage,
+    Seen,
+    Store,
+    free_port,
+    round_view,
+    rows,
+    run_view,
+)
 from tests.support.plans import private, tiny
 from wardround.canonical import digest_name
 from wardround.errors import Disconnected, StorageError
 from wardround.plan import UNBOUNDED, UNMASKED
 
-Seen = Callable[[str], dict[str, Any]]
-SIMULATED = "patients are simulated from one real anatomy"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment() -> Iterator[None]:
-    """`connect` sets the switches of the process it runs in, which is an aggregator, not this one."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-class Store:
-    """What `follow` asks: one run, which changes under it."""
-
-    def __init__(self, view: RunView):
-        self.view, self.done = view, threading.Event()
-
-    def unprojected(self) -> list[RunView]:
-        return [] if self.done.is_set() else [self.view]
-
-    def projected(self, run_id: str) -> None:
-        assert run_id == self.view.run_id
-        self.done.set()
-
-
-@dataclass
-class Outage:
-    """An MLflow server that `follow` found down first: how it went."""
-
-    uri: str
-    database: Path
-    lines: list[Any]
-
-
-@pytest.fixture(scope="module")
-def outage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
-    """The one server of these tests, for its start takes most of a minute on a busy machine. `follow` waits for it."""
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
-    store, stop = Store(run_view("down", 2)), threading.Event()
-    with pytest.MonkeyPatch.context() as patch, structlog.testing.capture_logs() as lines:
-        patch.setattr(lineage, "POLL_S", 0.1)
-        patch.setattr(lineage, "MAX_PAUSE_S", 0.2)
-        thread = threading.Thread(target=follow, args=(store, f"http://127.0.0.1:{port}", stop))
-        thread.start()
-        process = None
-        try:
-            until(lambda: lines)
-            process = start_mlflow(folder, port)
-            uri = wait_for_mlflow(process, port)
-            store.view = run_view("down")  # the run ended meanwhile
-            assert store.done.wait(60)
-            until(lambda: len(lines) > 1)
-            stop.set()
-            thread.join(30)
-            assert not thread.is_alive()
-            yield Outage(uri, folder / "mlflow.db", list(lines))
-        finally:
-            stop.set()
-            thread.join(30)
-            if process:
-                stop_mlflow(process)
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def client(outage: Outage) -> MlflowClient:
-    return connect(outage.uri)
-
-
-@pytest.fixture
-def seen(outage: Outage) -> Seen:
-    return lambda federation: rows(outage.database, federation)
-
-
-def round_view(number: int, **changes: Any) -> RoundView:
-    view = RoundView(
-        round=number,
-        attempt=1,
-        committed_ms=1_700_000_000_000 + number,
-        model_round_measured=number - 1,
-        means={"dice": number / 8, "dice/grey": number / 16, "hd95_mm": 10.0 - number},
-        cohort_size=3,
-        late=0,
-        dropped=0,
-        upload_bytes=300,
-        download_bytes=900,
-        seconds={"train": 2.5, "round": 4.0},
-        saturated_fraction=0.25,
-        own={"leuven": {"dice": number / 4}},
-    )
-    return replace(view, **changes)
-
-
-def run_view(federation: str, committed: int = 3, **changes: Any) -> RunView:
-    """A run of two rounds and the closing one; ended unless `committed` says that some are missing."""
-    ended = committed == 3
-    view = RunView(
-        run_id="tiny-1",
-        federation=federation,
-        plan=tiny(),
-        submitted_by="ada",
-        phase=RunPhase.COMPLETED if ended else RunPhase.RUNNING,
-        reason="",
-        roster_digest=b"\1" * 32,
-        protocol=1,
-        version="0.1.0",
-        audit_head=bytes([committed]) * 32,
-        created_ms=1_700_000_000_000,
-        ended_ms=1_700_000_001_000 if ended else None,
-        notes=(SIMULATED,),
-        datasets=(DatasetView("charite", b"\2" * 32, 84), DatasetView("leuven", b"\3" * 32, 90)),
-        rounds=tuple(round_view(number) for number in range(1, committed + 1)),
-    )
-    return replace(view, **changes)
-
-
-def rows(database: Path, federation: str) -> dict[str, Any]:
-    """All rows that MLflow holds of a federation's runs, by run, without its own random names: what is there twice shows twice."""
-    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
-        runs = db.execute(
-            "SELECT run_uuid, runs.name, status, start_time, end_time FROM runs JOIN experiments USING (experiment_id)"
-            " WHERE experiments.name = ? AND runs.lifecycle_stage = 'active' ORDER BY runs.name",
-            (f"{federation}/tiny",),
-        ).fetchall()
-        names = {run: name for run, name, *_ in runs}
-
-        def of(run: str, query: str) -> list[Any]:
-            return db.execute(query, (run,)).fetchall()
-
-        everything: dict[str, Any] = {"runs": list(names.values())}
-        for run, name, *status in runs:
-            everything[name] = {
-                "status": status,
-                "metrics": of(run, "SELECT key, step, timestamp, value FROM metrics WHERE run_uuid = ? ORDER BY 1, 2, 3, 4"),
-                "params": dict(of(run, "SELECT key, value FROM params WHERE run_uuid = ?")),
-                "tags": {k: names.get(v, v) for k, v in of(run, "SELECT key, value FROM tags WHERE run_uuid = ?")},
-                "inputs": of(
-                    run,
-                    "SELECT name, digest, dataset_source FROM inputs JOIN datasets ON source_id = dataset_uuid"
-                    " WHERE destination_id = ? ORDER BY 1, 2",
-                ),
-            }
-    return everything
-
 
 def test_a_run_is_written_as_operations_md_says(client: MlflowClient, seen: Seen) -> None:
     view = run_view("whole")
-    project(view, client)
+    project(view, client, SOURCE)
     result = seen("whole")
 
     assert result["runs"] == ["tiny-1", "tiny-1@leuven"]  # charite keeps its own metrics
@@ -218,79 +64,56 @@ def test_a_run_is_written_as_operations_md_says(client: MlflowClient, seen: Seen
     ]  # fmt: skip
 
 
-class Fragile:
-    """A client whose process is killed when MLflow has done call number `at`, before anyone hears of it."""
-
-    def __init__(self, client: MlflowClient, at: int = 0):
-        self.client, self.at, self.calls = client, at, 0
-        self.metrics = 0
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            self.metrics += len(kwargs.get("metrics", ()))
-            result = getattr(self.client, name)(*args, **kwargs)
-            if self.calls == self.at:
-                raise Killed
-            return result
-
-        return call
-
-
-class Killed(Exception):
-    pass
-
-
 def test_killed_between_any_two_calls_and_repeated_it_writes_the_same(client: MlflowClient, seen: Seen) -> None:
     count = Fragile(client)
-    project(run_view("smooth"), count)  # type: ignore[arg-type]
+    project(run_view("smooth"), count, SOURCE)  # type: ignore[arg-type]
     expected = seen("smooth")
     assert count.calls >= 12
     for at in range(1, count.calls + 1):
         federation = f"killed-{at}"
         with pytest.raises(Killed):
-            project(run_view(federation), Fragile(client, at))  # type: ignore[arg-type]
-        project(run_view(federation), client)
+            project(run_view(federation), Fragile(client, at), SOURCE)  # type: ignore[arg-type]
+        project(run_view(federation), client, SOURCE)
         assert seen(federation) == expected, f"killed after call {at}"
 
 
 def test_written_round_by_round_or_twice_it_is_the_same(client: MlflowClient, seen: Seen) -> None:
-    project(run_view("at-once"), client)
+    project(run_view("at-once"), client, SOURCE)
     known = None
     for rounds in range(4):
         view = run_view("by-round", rounds)
-        project(view, client, known)
-        project(view, client)
+        project(view, client, SOURCE, known)
+        project(view, client, SOURCE)
         known = view
     assert seen("by-round") == seen("at-once")
 
 
 def test_known_rounds_are_not_sent_again_and_a_late_report_is(client: MlflowClient, seen: Seen) -> None:
     known = run_view("late", 2)
-    project(known, client)
+    project(known, client, SOURCE)
     count = Fragile(client)
-    project(known, count, known)  # type: ignore[arg-type]
+    project(known, count, SOURCE, known)  # type: ignore[arg-type]
     assert count.calls and not count.metrics
     newest = replace(known.rounds[1], own={**known.rounds[1].own, "charite": {"dice": 0.5}})
-    project(replace(known, rounds=(known.rounds[0], newest)), client, known)
+    project(replace(known, rounds=(known.rounds[0], newest)), client, SOURCE, known)
     assert seen("late")["runs"] == ["tiny-1", "tiny-1@charite", "tiny-1@leuven"]
 
 
 def test_a_run_deleted_in_mlflow_is_written_anew(client: MlflowClient, seen: Seen) -> None:
-    project(run_view("deleted"), client)
+    project(run_view("deleted"), client, SOURCE)
     expected = seen("deleted")
     experiment = client.get_experiment_by_name("deleted/tiny")
     assert experiment is not None
     for run in client.search_runs([experiment.experiment_id]):
         client.delete_run(run.info.run_id)
-    project(run_view("deleted"), client)
+    project(run_view("deleted"), client, SOURCE)
     assert seen("deleted") == expected
 
 
 def test_only_allowed_names_and_finite_values_reach_mlflow(client: MlflowClient, seen: Seen) -> None:
     lies = {"dice": math.nan, "hd95_mm": math.inf, "patient/Doe^John": 1.0, "dice/Doe^John": 1.0, "auc": 0.5}
     view = round_view(1, means=lies, own={"leuven": lies}, seconds={"1.2.840.113619": 1.0, "train": 1.0})
-    project(run_view("lies", 1, rounds=(view,)), client)
+    project(run_view("lies", 1, rounds=(view,)), client, SOURCE)
     result = seen("lies")
     assert "Doe" not in str(result) and "113619" not in str(result)
     assert [key for key, *_ in result["tiny-1"]["metrics"] if "validation" in key] == ["validation/auc"]
@@ -299,7 +122,7 @@ def test_only_allowed_names_and_finite_values_reach_mlflow(client: MlflowClient,
 
 def test_more_values_than_one_request_may_carry(client: MlflowClient) -> None:
     rounds = tuple(round_view(number) for number in range(1, 201))
-    project(run_view("long", 2, rounds=rounds), client)
+    project(run_view("long", 2, rounds=rounds), client, SOURCE)
     experiment = client.get_experiment_by_name("long/tiny")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id], "tags.`wardround.run_id` = 'tiny-1'")
@@ -334,19 +157,19 @@ def test_follow_says_once_that_mlflow_is_down_once_that_it_is_up_and_catches_up(
 
 def test_mlflow_that_cannot_be_reached_is_disconnected_and_retryable() -> None:
     with pytest.raises(Disconnected, match="is the server up") as caught:
-        project(run_view("nobody"), connect(f"http://127.0.0.1:{free_port()}"))
+        project(run_view("nobody"), connect(f"http://127.0.0.1:{free_port()}"), SOURCE)
     assert caught.value.retryable and "127.0.0.1" not in str(caught.value)
 
 
 def test_mlflow_that_refuses_is_a_storage_error(client: MlflowClient) -> None:
-    project(run_view("changed"), client)
+    project(run_view("changed"), client, SOURCE)
     with pytest.raises(StorageError, match="MLflow refuses run tiny-1") as caught:
-        project(run_view("changed", plan=tiny(rounds=3)), client)  # a param never changes, for a plan never does
+        project(run_view("changed", plan=tiny(rounds=3)), client, SOURCE)  # a param never changes, for a plan never does
     assert caught.value.retryable
 
 
 def test_a_run_that_mlflow_refuses_does_not_hold_up_the_next(client: MlflowClient, seen: Seen) -> None:
-    project(run_view("refused"), client)
+    project(run_view("refused"), client, SOURCE)
     views = [run_view("refused", plan=tiny(rounds=3)), run_view("free", run_id="tiny-2")]
     store = Store(views[1])
     store.unprojected = lambda: views  # type: ignore[method-assign]
@@ -357,8 +180,8 @@ def test_a_run_that_mlflow_refuses_does_not_hold_up_the_next(client: MlflowClien
 
 
 def test_a_new_store_that_counts_from_one_again_gets_runs_of_its_own(client: MlflowClient) -> None:
-    project(run_view("again"), client)
-    project(run_view("again", created_ms=1_800_000_000_000, plan=tiny(rounds=3)), client)
+    project(run_view("again"), client, SOURCE)
+    project(run_view("again", created_ms=1_800_000_000_000, plan=tiny(rounds=3)), client, SOURCE)
     experiment = client.get_experiment_by_name("again/tiny")
     assert experiment is not None
     assert len(client.search_runs([experiment.experiment_id])) == 4  # each with leuven's own
@@ -369,7 +192,7 @@ def test_a_host_that_the_server_does_not_allow_is_named(client: MlflowClient, mo
     headers = {"Host": "mlflow.example.org"}
     monkeypatch.setattr(requests.Session, "request", lambda *a, **k: send(*a, **{**k, "headers": {**k["headers"], **headers}}))
     with pytest.raises(Disconnected, match="allowed-hosts"):
-        project(run_view("foreign"), client)
+        project(run_view("foreign"), client, SOURCE)
 
 
 def test_proxy_variables_do_not_matter(outage: Outage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +200,7 @@ def test_proxy_variables_do_not_matter(outage: Outage, monkeypatch: pytest.Monke
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setenv("NO_PROXY", "example.org")
-    project(run_view("proxied"), connect(outage.uri))
+    project(run_view("proxied"), connect(outage.uri), SOURCE)
     assert os.environ["no_proxy"] == "example.org,127.0.0.1"
 
 

@@ -26,6 +26,7 @@ def every_facts() -> Iterator[Facts]:
             RunPhase.RUNNING, 2, 2, active, answers(ALL, False), abort_requested=abort, deadline_passed=late, 
             halted=frozenset(halted), round=round_ if phase else 0, phase=phase, cohort=ALL,
         )  # fmt: skip
+        yield replace(facts, epoch_due=False, keyed=ALL, reports=answers(ALL, False), releasing=frozenset({A}))
         for due, epoch_cohort, keyed, paused in product(flags, SETS[1:], SETS, flags):
             yield replace(facts, epoch_due=due, epoch_cohort=epoch_cohort, keyed=keyed, paused=paused)
         for uploaded, u3, sealed, folded, reported, differ in product(SETS, SETS[1:], SETS, flags, SETS, flags):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from backports.zstd import decompress
 from tenseal import sealapi
+from zstandard import decompress
 
 from silo_agent.secure_sum import encryption
 from silo_agent.secure_sum.encryption import decrypt, encrypt, new_secret_key

@@ -42,7 +42,7 @@ SILO_ROWS = [row.name for row in SILO_TABLE]
 AGGREGATOR_ROWS = [row.name for row in AGGREGATOR_TABLE]
 AT_WORK = ("ingest.during.snapshot", "trainer.during.initialize", "trainer.during.evaluate", "trainer.during.train")
 AGENT, AFTERWARDS, TRAINER = "charite", "leuven", "st-marys"  # where agents die before rows, after rows, and where helpers die
-ONE_SILO = {"make keys": AGENT, "take keys": AFTERWARDS, "restore": TRAINER}  # rows that one silo alone comes to
+ONE_SILO = {"make keys": AGENT, "release": AGENT, "take keys": AFTERWARDS, "restore": TRAINER}  # rows that one silo alone comes to
 # Where a row finds no trainer running, one is started to be lost.
 DEATHS = [(AGENT, "agent.before"), (AFTERWARDS, "agent.after"), (TRAINER, "trainer.at")]
 DUE = {
@@ -78,11 +78,11 @@ def _tell(federation: Haunted, story: Story) -> Story:
         federation.deaths[silo].arm(name for name in DUE[silo] if name.endswith(".idle"))
     federation.set_up()
     federation.until(lambda: all(federation.deaths[silo].died for silo in (AGENT, TRAINER)), "the idle federation")
-    quiet = federation.ask(tiny())
+    quiet = federation.ask(tiny(release="registry"))
     federation.ended(quiet)
     for name, names in DUE.items():
         federation.deaths[name].arm(names)
-    disturbed = federation.ask(tiny())
+    disturbed = federation.ask(tiny(release="registry"))
     federation.ended(disturbed)
     story.models = {run: {silo: federation.models(silo, run) for silo in NAMES} for run in (quiet, disturbed)}
     story.uploads = {silo: records(federation.silo_database(silo), "upload") for silo in NAMES}

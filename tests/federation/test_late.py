@@ -6,16 +6,19 @@ from aggregator.records import RunState
 from tests.attacks.conftest import hospitals
 from tests.attacks.federation import PLAN, Hospitals
 from tests.support.plans import tiny
+from wardround.training import Optimizer, Scaffold, Training
 
 __all__ = ["hospitals"]
 LATE = "st-marys"
+OPTIMIZER = Optimizer(name="sgd", learning_rate=0.1)
+SCAFFOLD = Scaffold(algorithm="scaffold", steps=1, batch_size=2, at_home="head", optimizer=OPTIMIZER)
 
 
-def away_for_two_rounds(hospitals: Hospitals, monkeypatch: pytest.MonkeyPatch) -> str:
+def away_for_two_rounds(hospitals: Hospitals, monkeypatch: pytest.MonkeyPatch, training: Training = PLAN.training) -> str:
     """It joins, and is gone before it can have taken the keys. A key epoch serves two rounds here: the second one is agreed."""
     monkeypatch.setattr("aggregator.records.EPOCH_ROUNDS", 2)
     late, *others = sorted(hospitals.all, key=lambda silo: silo.name != LATE)
-    run = hospitals.start(tiny({"min_silos": 2}, model=PLAN.model))
+    run = hospitals.start(tiny({"min_silos": 2}, model=PLAN.model, training=training))
 
     def state() -> RunState:
         return hospitals.aggregator.store.run(run)
@@ -36,8 +39,12 @@ def same_model(hospitals: Hospitals, run: str) -> bool:
     return len({silo.state.model(run, PLAN.rounds + 1)["state"] for silo in hospitals.all}) == 1
 
 
-def test_a_silo_that_comes_back_takes_the_new_keys_and_restores(hospitals: Hospitals, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = away_for_two_rounds(hospitals, monkeypatch)
+@pytest.mark.parametrize("training", [PLAN.training, SCAFFOLD], ids=lambda training: training.algorithm)
+def test_a_silo_that_comes_back_takes_the_new_keys_and_restores(
+    hospitals: Hospitals, monkeypatch: pytest.MonkeyPatch, training: Training
+) -> None:
+    """With SCAFFOLD the global variate is in the checkpoint, and what stays at home is as the initial model has it."""
+    run = away_for_two_rounds(hospitals, monkeypatch, training)
     late = hospitals.silos[LATE]
     before = len(late.did)
     hospitals.until(lambda: hospitals.aggregator.store.run(run).phase == "completed")

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from silo_agent.algorithms.fedavg import FedAvg
 from silo_agent.secure_sum import checkpoint
 from silo_agent.secure_sum.check import CheckedSum
 from silo_agent.secure_sum.checkpoint import Reported, read_checkpoint, write_checkpoint
@@ -20,7 +21,7 @@ from silo_agent.secure_sum.global_model import GlobalModel, model_mac
 from silo_agent.secure_sum.packing import Exponents, bounds_digest
 from wardround.errors import IntegrityError
 from wardround.layout import Array, Layout, checkpoint_bytes
-from wardround.plan import Server
+from wardround.training import Server
 
 KEYS = EpochKeys(Epoch("neuro", "run-1", 3, b"r" * 32, b"h" * 32), b"s" * 32, b"d" * 32, b"HE secret key")
 LAYOUT = Layout((Array("a", (500, 300)), Array("b", (1000,))))  # 2,416,004 bytes inside: two whole pieces and a part of one
@@ -31,7 +32,7 @@ DOES_NOT_OPEN = "does not open at its piece"
 def trained(layout: Layout = LAYOUT) -> GlobalModel:
     """Values that float32 cannot hold."""
     generator = np.random.default_rng(1)
-    return GlobalModel(generator.normal(0, 1, layout.num_parameters), generator.normal(0, 1, layout.num_parameters))
+    return GlobalModel(generator.normal(0, 1, layout.num_parameters), (generator.normal(0, 1, layout.num_parameters),))
 
 
 MODEL, BOUNDS = trained(), (-3, 2)
@@ -64,7 +65,7 @@ def by_hand(inside: bytes, reported: Reported = REPORTED, cuts: tuple[int, ...] 
 
 
 def inside(model: GlobalModel = MODEL, bounds: Exponents = BOUNDS) -> bytes:
-    return model.theta.tobytes() + model.velocity.tobytes() + np.array(bounds, "<i2").tobytes()
+    return model.theta.tobytes() + model.moments[0].tobytes() + np.array(bounds, "<i2").tobytes()
 
 
 def same(one: GlobalModel, other: GlobalModel) -> bool:
@@ -93,7 +94,7 @@ def test_a_state_of_any_size_comes_back_to_the_bit(num_parameters: int) -> None:
 
 def test_a_joiner_takes_the_next_step_to_the_bit_as_the_others_do() -> None:
     total = CheckedSum(np.arange(LAYOUT.num_parameters, dtype=np.uint64) % np.uint64(65535), (0, 0), (1, 1), {})
-    server = Server(learning_rate=0.7, momentum=0.9)
+    server = FedAvg(None, Server(learning_rate=0.7, momentum=0.9))
     joiner, bounds = read_checkpoint(WRITTEN, REPORTED, LAYOUT, KEYS)
     steps = [model.stepped(total, LAYOUT, with_, 200, [100], server) for model, with_ in ((MODEL, BOUNDS), (joiner, bounds))]
     assert same(*steps)
@@ -208,7 +209,7 @@ def test_another_model_than_the_reported_one_is_noticed() -> None:
     theta = MODEL.theta.copy()
     theta[-1] += 1e-3
     with pytest.raises(IntegrityError, match="the model inside the checkpoint of round 7 differ"):
-        read_checkpoint(by_hand(inside(GlobalModel(theta, MODEL.velocity))), REPORTED, LAYOUT, KEYS)
+        read_checkpoint(by_hand(inside(GlobalModel(theta, MODEL.moments))), REPORTED, LAYOUT, KEYS)
 
 
 def test_other_bounds_than_the_reported_ones_are_noticed() -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from silo_agent.algorithms.fedavg import FedAvg
 from silo_agent.secure_sum.check import PRIME, checked_sum, control_chunk, linear_check, upload_coefficients
 from silo_agent.secure_sum.encryption import decrypt, encrypt, new_secret_key
 from silo_agent.secure_sum.global_model import GlobalModel, model_mac
@@ -12,7 +13,7 @@ from wardround.ciphertexts import check_upload, sum_chunks
 from wardround.errors import IntegrityError, MessageError
 from wardround.he import HeParameters, he_parameters
 from wardround.layout import Array, Layout
-from wardround.plan import Server
+from wardround.training import Server
 
 LAYOUT = Layout((Array("a", (50, 100)), Array("b", (5000,))))
 CONTROL = ControlMap(2, ("dice", "hd95_mm"))
@@ -55,7 +56,7 @@ def honest(he: HeParameters = HE) -> list[np.ndarray]:
 def test_the_sum_is_the_weighted_mean_within_a_step_of_each_silo(he: HeParameters) -> None:
     total = checked_sum(add(honest(he)), LAYOUT, CONTROL, DECLARED, CTX, SECRET, he)
     model = GlobalModel.initial(bytes(LAYOUT.num_bytes), LAYOUT)
-    stepped = model.stepped(total, LAYOUT, (0, 0), CAP, PATIENTS, Server())
+    stepped = model.stepped(total, LAYOUT, (0, 0), CAP, PATIENTS, FedAvg(None, Server()))
     expected = sum(d * np.clip(u, -CAP / d, CAP / d) for d, u in zip(PATIENTS, updates(), strict=True)) / sum(PATIENTS)
     step = CAP / he.zero_code / sum(PATIENTS)  # one quantisation step of one silo, in units of the mean
     assert np.abs(stepped.theta - expected).max() <= len(DECLARED) * step
@@ -205,10 +206,10 @@ def test_the_largest_fields_do_not_overflow_the_check(monkeypatch: pytest.Monkey
 def test_server_momentum_by_hand_and_a_model_survives_its_file() -> None:
     total = checked_sum(add(honest()), LAYOUT, CONTROL, DECLARED, CTX, SECRET)
     zero = GlobalModel.initial(bytes(LAYOUT.num_bytes), LAYOUT)
-    plain = zero.stepped(total, LAYOUT, (0, 0), CAP, PATIENTS, Server())
-    twice = zero.stepped(total, LAYOUT, (0, 0), CAP, PATIENTS, Server(learning_rate=0.5, momentum=0.9))
+    plain = zero.stepped(total, LAYOUT, (0, 0), CAP, PATIENTS, FedAvg(None, Server()))
+    twice = zero.stepped(total, LAYOUT, (0, 0), CAP, PATIENTS, FedAvg(None, Server(learning_rate=0.5, momentum=0.9)))
     again = GlobalModel.load(twice.dump(), LAYOUT).stepped(
-        total, LAYOUT, (0, 0), CAP, PATIENTS, Server(learning_rate=0.5, momentum=0.9)
+        total, LAYOUT, (0, 0), CAP, PATIENTS, FedAvg(None, Server(learning_rate=0.5, momentum=0.9))
     )
     assert (twice.theta == 0.5 * plain.theta).all()
     assert np.allclose(again.theta, 0.5 * plain.theta + 0.5 * 1.9 * plain.theta, rtol=1e-12)
@@ -233,3 +234,33 @@ def test_the_mac_depends_on_layout_parameters_and_key() -> None:
         model_mac(b"k" * 32, LAYOUT, b"\1" + parameters[1:]),
     }
     assert len(macs) == 4
+
+
+SCALED = ControlMap(2, ("dice",), num_scalars=2)
+
+
+def with_scalars(silo: str, scalars: list[float]) -> np.ndarray:
+    encoded = encode(updates()[0], LAYOUT, (0, 0), DECLARED[silo] / CAP, silo.ljust(32).encode(), HE)
+    chunk = control_chunk(SCALED, silo, DECLARED[silo], encoded, None, CTX, SECRET, HE, scalars)
+    return upload_coefficients(chunk, encoded, HE)
+
+
+def test_scalars_add_up_and_a_shifted_one_is_noticed() -> None:
+    total = add([with_scalars(silo, [0.25, float(number)]) for number, silo in enumerate(DECLARED)])
+    checked = checked_sum(total, LAYOUT, SCALED, DECLARED, CTX, SECRET)
+    assert checked.scalars == pytest.approx((0.75, 3.0), abs=1e-10)
+    for at in (8, 9):
+        shifted = total.copy()
+        shifted[0, at] += np.uint64(1)
+        with pytest.raises(IntegrityError, match="linear check"):
+            checked_sum(shifted, LAYOUT, SCALED, DECLARED, CTX, SECRET)
+        shifted[0, at] = 3 * (2**37 - 1) + 1
+        with pytest.raises(IntegrityError, match=f"control integer {at} .* exceeds"):
+            checked_sum(shifted, LAYOUT, SCALED, DECLARED, CTX, SECRET)
+
+
+@pytest.mark.parametrize("scalar", [-0.001, 4.001, float("nan")])
+def test_a_scalar_beyond_its_place_is_not_sent(scalar: float) -> None:
+    with_scalars("leuven", [0.0, 4.0])
+    with pytest.raises(IntegrityError, match="too large for its place"):
+        with_scalars("leuven", [0.0, scalar])

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -10,7 +11,7 @@ import pytest
 from silo_agent.desk import Desk
 from silo_agent.pb import desk_pb2, desk_pb2_grpc
 from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork
-from silo_agent.work_wire import collect, failure_facts, pieces, read_work, result_facts, work_facts
+from silo_agent.work_wire import collect, failure_facts, pieces, read_work, result_facts, work_data, work_facts
 from tests.support.plans import tiny
 from wardround.errors import DataError, MessageError
 
@@ -36,12 +37,22 @@ def take(stub: desk_pb2_grpc.DeskStub, program: str = "trainer") -> tuple[str, s
 
 
 @pytest.mark.parametrize(
-    "work", [TRAIN, TrainerWork("initialize", PLAN), IngestWork(PLAN, Path("d"), {"grey": "GM"}, b"s" * 32, Path("o"))]
+    "work",
+    [
+        TRAIN,
+        replace(TRAIN, correction=b"c" * 100),
+        TrainerWork("initialize", PLAN),
+        IngestWork(PLAN, Path("d"), {"grey": "GM"}, b"s" * 32, Path("o")),
+    ],
 )
 def test_work_arrives_as_it_was(work: TrainerWork | IngestWork) -> None:
     program = "trainer" if isinstance(work, TrainerWork) else "ingest"
-    data = work.parameters if isinstance(work, TrainerWork) else b""
-    assert read_work(program, work_facts(work), data) == work
+    assert read_work(program, work_facts(work), work_data(work)) == work
+
+
+def test_arrays_of_another_length_than_the_facts_say_are_refused() -> None:
+    with pytest.raises(MessageError, match="another length"):
+        read_work("trainer", work_facts(TRAIN), work_data(TRAIN) + b"1234")
 
 
 def test_a_helper_takes_and_delivers(desk: Desk, stub: desk_pb2_grpc.DeskStub) -> None:

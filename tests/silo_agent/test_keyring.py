@@ -324,7 +324,7 @@ class Late:
         world.key_epoch(1)
         generator = np.random.default_rng(7)
         theta, velocity = (generator.normal(0, 1, LAYOUT.num_parameters) for _ in range(2))
-        self.model, self.exponents = GlobalModel(theta, velocity), tuple(range(len(LAYOUT.arrays)))
+        self.model, self.exponents = GlobalModel(theta, (velocity,)), tuple(range(len(LAYOUT.arrays)))
         self.mac = model_mac(world.epochs[1].digest_key, LAYOUT, self.model.parameters)
         self.facts = world.facts(cohort=list(self.others))
         self.statement = world.key_epoch(2, first_round=2)
@@ -399,7 +399,7 @@ def test_an_altered_checkpoint_restores_nothing(world: World, late: Late) -> Non
 def test_a_checkpoint_of_another_model_than_the_reported_one_restores_nothing(world: World, late: Late) -> None:
     """Whole and under the right keys, and of the round before."""
     world.steps(late.offer(), "take keys")
-    other = GlobalModel(late.model.theta + 1.0, late.model.velocity)
+    other = GlobalModel(late.model.theta + 1.0, late.model.moments)
     content = write_checkpoint(1, other, late.exponents, LAYOUT, world.epochs[2])
     not_restored(world, late.offer(content=content), IntegrityError, "does not open at its piece 1")
 

@@ -35,11 +35,12 @@ def test_the_story_of_a_run() -> None:
         follow(offered("OPEN", round_, epoch=1))
         follow(offered("SEALED", round_, in_u3=True))
         follow(offered("EVALUATING", round_, summed_rounds=frozenset({round_})))
+    follow(offered("RELEASING", 3))
     follow(offered("COMPLETED", 3))
     first = ["judge", "snapshot", "initialize", "join", "evaluate"]  # a Join is followed by the evaluation of what it starts from
     full = ["open_event", "train", "encode", "upload", "seal", "apply", "evaluate", "report"]
     closing = ["encode", "upload", "seal", "apply", "report"]
-    assert actions == [*first, "make_keys", *full, *full, *closing, "close"]
+    assert actions == [*first, "make_keys", *full, *full, *closing, "release", "close"]
 
 
 def effect(facts: Facts, action: Action, offer: Offered) -> Facts:
@@ -62,6 +63,7 @@ def effect(facts: Facts, action: Action, offer: Offered) -> Facts:
         Action.ENCODE: {"encoded": offer.attempt},
         Action.UPLOAD: {"uploaded": offer.attempt},
         Action.SEAL: {"sealed": offer.attempt},
+        Action.RELEASE: {"released": True},
         Action.CLOSE: {"stance": Stance.CLOSED},
     }
     return replace(facts, **changes[action])  # type: ignore[arg-type]
@@ -129,6 +131,14 @@ def test_after_a_failed_check_the_halt_comes_first_and_then_nothing(phase: str) 
     assert decide(effect(facts, Action.HALT, offer), offer) is Action.WAIT
 
 
+def test_the_bundle_is_made_once_and_after_the_last_report() -> None:
+    facts = replace(JOINED, model_round=3, evaluated_round=2)
+    assert decide(facts, offered("RELEASING", 3)) is Action.REPORT
+    reported = replace(facts, reported_round=3)
+    assert decide(reported, offered("RELEASING", 3)) is Action.RELEASE
+    assert decide(replace(reported, released=True), offered("RELEASING", 3)) is Action.WAIT
+
+
 @pytest.mark.parametrize("phase", ["FAILED", "ABORTED", "COMPLETED"])
 def test_a_run_that_is_over_takes_no_halt_any_more(phase: str) -> None:
     assert decide(replace(JOINED, halting=True), offered(phase, 3, summed_rounds=frozenset({1}))) is Action.CLOSE
@@ -168,7 +178,7 @@ def test_while_it_is_paused_nothing_new_begins_and_what_was_trained_goes_out() -
 
 
 def every_pair() -> list[tuple[Facts, Offered]]:
-    phases = ["IDLE", "INVITED", "WAITING", "KEYING", "OPEN", "SEALED", "EVALUATING", "COMPLETED", "FAILED", "ABORTED"]
+    phases = ["IDLE", "INVITED", "WAITING", "KEYING", "OPEN", "SEALED", "EVALUATING", "RELEASING", "COMPLETED", "FAILED", "ABORTED"]
     stances, small = list(Stance), [-1, 0, 1]
     facts = [
         Facts(stance, snapshot, model, evaluated, 0, *keys, event, update, (update, update))

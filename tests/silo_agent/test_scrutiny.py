@@ -152,6 +152,18 @@ def test_a_sum_of_too_few_silos_is_refused() -> None:
         check_uploads(KNOWN, FACTS, CTX, headers()[1:], IDENTITIES)
 
 
+def test_a_sum_of_more_silos_than_the_packing_holds_is_refused() -> None:
+    """The fields of a 33rd would carry into their neighbours."""
+    key, names = KEYS["leuven"], [f"silo-{number:02}" for number in range(33)]
+    facts = pb.Round.FromString(FACTS.SerializeToString())
+    facts.ClearField("cohort")
+    facts.cohort.extend(names)
+    uploads, identities = [header(name, key=key) for name in names], dict.fromkeys(names, IDENTITIES["leuven"])
+    assert len(check_uploads(KNOWN, facts, CTX, uploads[:32], identities).headers) == PLAN.aggregation.he.max_silos
+    with pytest.raises(IntegrityError, match="a sum of 33 silos was offered; the packing holds 32"):
+        check_uploads(KNOWN, facts, CTX, uploads, identities)
+
+
 def test_different_caps_or_more_patients_than_the_cap_are_refused() -> None:
     with pytest.raises(IntegrityError, match="different caps"):
         check_uploads(KNOWN, FACTS, CTX, [header("charite", cap=400), *headers()[1:]], IDENTITIES)

@@ -88,7 +88,7 @@ class World:
     """leuven's agent and what is offered to it. Key epochs are charite's to make, unless leuven is asked."""
 
     def __init__(self, folder: Path, policy: dict[str, Any] | None = None, seed: int | None = 7, plan: Plan = PLAN) -> None:
-        self.plan, self.seed = plan, seed
+        self.plan, self.seed, self.layout = plan, seed, layout_of(plan)
         self.hospital = Hospital(folder, policy)
         self.roster_digest = self.hospital.publish()
         self.state, self.helpers, self.client = self.hospital.state, Helpers(), support.Client()
@@ -195,7 +195,7 @@ class World:
         model, number = self.state.model(RUN, run["model_round"]), max(self.epochs)
         values = {
             "protocol": 1, "federation": "neuro", "round": round_, "attempt": attempt, "plan_digest": self.plan.digest,
-            "layout_digest": LAYOUT.digest, "bounds_digest": bounds_digest(exponents_of(model)), "he_digest": HE.digest,
+            "layout_digest": self.layout.digest, "bounds_digest": bounds_digest(exponents_of(model)), "he_digest": HE.digest,
             "key_epoch": number, "epoch_commitment": self.epochs[number].commitment, "roster_digest": self.roster_digest,
             "previous_model_mac": model["mac"], "cohort": SILOS, "cap": 20, "roster_version": 1,
         }  # fmt: skip
@@ -226,9 +226,10 @@ class World:
             return next(content for content in self.client.uploads if sha256(content) == digest)
         if (silo, facts.ctx) not in self._contents:
             keys, exponents = self.epochs[facts.key_epoch], exponents_of(self.state.model(RUN, facts.round - 1))
-            control = ControlMap(len(LAYOUT.arrays), metric_names(PLAN.classes))
-            encoded = encode(UPDATE, LAYOUT, exponents, 1.0, silo.ljust(32).encode(), HE)
-            chunk = control_chunk(control, silo, 20, encoded, None, facts.ctx, keys.secret, HE)
+            layout, scalars = self.layout.summed, self.agent._run(RUN).learning.algorithm.num_scalars
+            control = ControlMap(len(layout.arrays), metric_names(PLAN.classes), scalars)
+            encoded = encode(np.resize(UPDATE, layout.num_parameters), layout, exponents, 1.0, silo.ljust(32).encode(), HE)
+            chunk = control_chunk(control, silo, 20, encoded, None, facts.ctx, keys.secret, HE, [1.0] * scalars)
             self._contents[silo, facts.ctx] = encrypt(HE, keys.he_secret_key, upload_coefficients(chunk, encoded, HE))
         return self._contents[silo, facts.ctx]
 
@@ -238,7 +239,7 @@ class World:
             content = self.content(silo, facts)
             values = {
                 "run": RUN, "round": facts.round, "attempt": facts.attempt, "silo": silo, "content_digest": sha256(content),
-                "num_chunks": num_chunks(LAYOUT), "content_bytes": len(content), "declared_patients": 20, "cap": 20,
+                "num_chunks": num_chunks(self.layout), "content_bytes": len(content), "declared_patients": 20, "cap": 20,
             }  # fmt: skip
             extra = changed if silo != "leuven" else {}
             signed.append(sign("upload", facts.ctx, pb.UploadHeader(**values | extra), silo, self.keys[silo]))

@@ -33,6 +33,14 @@ def test_momentum_carries_the_proximal_term() -> None:
     assert update.item() == -2.375
 
 
+def test_a_correction_is_added_to_every_gradient() -> None:
+    # theta: 1 -> 1 - 0.5 * (2 - 1) = 0.5; then 0.5 * 1 + (2 - 1 + 0.25 * -0.5) = 1.375 and theta = -0.1875.
+    theta = torch.tensor([1.0])
+    correction = [torch.tensor([-1.0])]
+    (update,) = local_update([theta], constant(2.0, 2), mu=0.25, learning_rate=0.5, momentum=0.5, correction=correction)
+    assert update.item() == -1.1875 and correction[0].item() == -1.0
+
+
 @pytest.mark.parametrize("mu", [0.0, 0.5, 1.0, 4.0])
 def test_ends_at_the_minimum_of_equation_2(mu: float) -> None:
     """argmin (theta - 3)^2 / 2 + mu/2 * (theta - 1)^2 = (3 + mu) / (1 + mu): mu/2 times the distance itself would not."""

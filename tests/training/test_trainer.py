@@ -19,7 +19,8 @@ from silo_agent.work import TrainerWork
 from tests.training.support import HOSPITAL, KEY, plan, private_plan, write_snapshot
 from wardround.errors import DataError, IntegrityError, MessageError
 from wardround.layout import layout_of
-from wardround.plan import Optimizer
+from wardround.plan import Plan
+from wardround.training import Optimizer
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,33 @@ def test_steps_are_drawn_apart() -> None:
 def test_mu_pulls_back(train: TrainerWork) -> None:
     free, held = (np.frombuffer(handle(replace(train, plan=plan(mu=mu))).values, "<f4") for mu in (0.0, 3.0))
     assert np.linalg.norm(held) < np.linalg.norm(free)
+
+
+def test_a_correction_moves_every_step(train: TrainerWork) -> None:
+    """Three steps of plain SGD at 0.1: a correction that all gradients share moves the model by -0.3 times it, and then by what the
+    gradients make of that."""
+    plain = plan(mu=0.0, optimizer={"name": "sgd", "learning_rate": 0.1})
+    size = len(train.parameters) // 4
+    correction = np.zeros(size, "<f4")
+    correction[-1] = 1e-3  # the bias of the last class, in front of nothing but the loss
+    without, with_ = (
+        np.frombuffer(handle(replace(train, plan=plain, correction=added)).values, "<f4") for added in (b"", correction.tobytes())
+    )
+    assert with_[-1] - without[-1] == pytest.approx(-0.3e-3, rel=0.05)
+    with pytest.raises(MessageError, match="another layout than the network"):
+        handle(replace(train, plan=plain, correction=bytes(4)))
+
+
+def test_epochs_are_steps_over_the_silos_own_patients(train: TrainerWork) -> None:
+    """2.5 times 6 training patients, 4 a step: 3.75, so 4 steps."""
+    epochs, steps = (handle(replace(train, plan=plan(**length))) for length in ({"steps": 0, "epochs": 2.5}, {"steps": 4}))
+    assert epochs.values == steps.values and epochs.num_patients == 6
+
+
+def test_layers_that_stay_at_home_are_trained_with_the_rest(train: TrainerWork) -> None:
+    training = plan().training.model_copy(update={"at_home": "head"})
+    home = plan().model_dump() | {"release": "silos-only", "training": training.model_dump()}
+    assert handle(replace(train, plan=Plan.model_validate(home))).values == handle(train).values
 
 
 def test_schedules_by_hand() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from silo_agent.training.networks import build_network
 from tests.training.support import plan
-from wardround.layout import Array, Layout, checkpoint_bytes, layout_of, network_layout
+from wardround.layout import Array, Layout, at_home, checkpoint_bytes, layout_of, network_layout, trained_layout
 from wardround.plan import BasicUNet, DenseNet121, Model, ResNet18, SegResNet, UNet
 
 NETWORKS = [
@@ -39,6 +39,39 @@ def test_the_plan_decides_dimensions_and_classes() -> None:
     assert layout_of(slices).arrays[-1] == Array("model.2.conv.bias", (2,))
     assert layout_of(slices) == network_layout(slices.model, spatial_dims=2, num_classes=2)
     assert layout_of(plan(patch=(16, 16, 16))).arrays[0] == Array("model.0.conv.weight", (4, 1, 3, 3, 3))
+
+
+@pytest.mark.parametrize("model", NETWORKS, ids=lambda m: f"{m.network}-{len(getattr(m, 'channels', ()))}")
+def test_norms_are_monais_group_norms(model: Model) -> None:
+    with torch.device("meta"):
+        network = build_network(model, 2, num_classes=3)
+    norms = {name for name, module in network.named_modules() if isinstance(module, torch.nn.GroupNorm)}
+    found = {array.name.rpartition(".")[0] for array in network_layout(model, 2, num_classes=3).arrays if array.norm}
+    assert found == norms and norms
+    *_, last = (name for name, module in network.named_modules() if list(module.parameters(recurse=False)))
+    assert {array.name for array in network_layout(model, 2, num_classes=3).arrays[-2:]} == {f"{last}.weight", f"{last}.bias"}
+
+
+@pytest.mark.parametrize(
+    ("which", "stay"),
+    [("nothing", []), ("norms", ["model.0.adn.N.weight", "model.0.adn.N.bias", "model.1.submodule.adn.N.weight",
+      "model.1.submodule.adn.N.bias"]), ("head", ["model.2.conv.weight", "model.2.conv.bias"])],
+)  # fmt: skip
+def test_what_stays_at_home_is_in_no_global_model(which: str, stay: list[str]) -> None:
+    some = plan()
+    some = some.model_copy(update={"training": some.training.model_copy(update={"at_home": which})})
+    whole, left = trained_layout(some).arrays, layout_of(some).arrays
+    assert [array.name for array, stays in zip(whole, at_home(some), strict=True) if stays] == stay
+    assert [array.name for array in whole if array.name not in stay] == [array.name for array in left]
+
+
+def test_variates_travel_behind_the_update() -> None:
+    once = Layout((Array("a", (2, 3)), Array("b", ())))
+    twice = Layout(once.arrays, variates=True, moments=2)
+    assert once.summed == once and twice.num_parameters == 7
+    assert [array.name for array in twice.summed.arrays] == ["a", "b", "variate/a", "variate/b"]
+    assert twice.digest == twice.summed.digest != once.digest
+    assert checkpoint_bytes(twice) == 32 + 7 * 24 + 4 * 2 + 16
 
 
 def test_counts_and_digest_by_hand() -> None:

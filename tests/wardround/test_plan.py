@@ -133,6 +133,81 @@ def test_a_plan_that_does_not_hold_names_the_key(path, value, told):
         parse_plan(changed(path, value))
 
 
+def section(algorithm: str, **more: object) -> dict[str, object]:
+    """A training section of TINY's, without mu."""
+    return {"algorithm": algorithm, "steps": 1, "batch_size": 2, "optimizer": {"name": "sgd", "learning_rate": 0.1}} | more
+
+
+ADAM = {"server_learning_rate": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("training", "top", "told"),
+    [
+        (section("fedprx"), {}, "algorithm 'fedprx' is none of 'fedprox', 'fednova', 'scaffold', 'fedadam', 'fedyogi'"),
+        (section("FedAvg"), {}, "training: algorithm 'FedAvg' is none of 'fedprox'"),
+        ({"steps": 1}, {}, "training.algorithm: missing"),
+        (section("fedprox", steps=0), {}, "training.steps: missing; or training.epochs"),
+        (section("fedprox", epochs=1), {}, "training.steps and training.epochs exclude each other"),
+        (section("scaffold", mu=0.1), {}, "training.mu and algorithm scaffold exclude each other"),
+        (section("scaffold", steps=0, epochs=1), {}, "training.epochs and algorithm scaffold exclude each other"),
+        (
+            section("scaffold", optimizer={"name": "sgd", "learning_rate": 0.1, "momentum": 0.9}), {},
+            "training.optimizer.momentum and algorithm scaffold exclude each other",
+        ),
+        (section("fedadam"), {}, "training.server_learning_rate: missing"),
+        (section("fedprox") | ADAM, {}, "training.server_learning_rate: unknown key"),
+        (section("fedyogi", beta2=1.0) | ADAM, {}, "training.beta2: "),
+        (section("fedadam", adaptivity=0.0) | ADAM, {}, "training.adaptivity: "),
+        (
+            section("fedadam") | ADAM, {"aggregation": {"server": {"momentum": 0.9}}},
+            "aggregation.server and algorithm fedadam exclude each other",
+        ),
+        (section("fedprox", at_home="biases"), {}, "training.at_home: "),
+        (section("fedprox", at_home="head"), {"release": "registry"}, "training.at_home head and release registry exclude"),
+        (section("scaffold", batch_size=0), {"privacy": PRIVACY}, "algorithm scaffold and privacy exclude each other: its"),
+        (section("fednova", batch_size=0), {"privacy": PRIVACY}, "algorithm fednova and privacy exclude each other: .*say fedprox"),
+        (
+            section("fedprox", batch_size=0, steps=0, epochs=1), {"privacy": PRIVACY},
+            "training.epochs and privacy exclude each other: how many steps a silo takes would tell of its patients",
+        ),
+    ],
+)  # fmt: skip
+def test_an_algorithm_that_cannot_keep_its_promise_is_not_constructible(training, top, told):
+    plan = yaml.safe_load(TINY) | {"training": training}
+    plan["aggregation"] |= top.pop("aggregation", {})
+    with pytest.raises(PlanError, match=told):
+        parse_plan(yaml.safe_dump(plan | top).encode())
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        section("fednova", steps=0, epochs=1.5, mu=0.1),
+        section("scaffold", at_home="norms"),
+        section("fedadam", at_home="head") | ADAM,
+        section("fedyogi", mu=0.1) | ADAM,
+    ],
+    ids=lambda training: training["algorithm"],
+)
+def test_every_algorithm_survives_its_own_canonical_bytes(training):
+    plan = parse_plan(yaml.safe_dump(yaml.safe_load(TINY) | {"training": training}).encode())
+    assert parse_plan(plan.canonical()) == plan and plan.training.algorithm == training["algorithm"]
+
+
+@pytest.mark.parametrize("algorithm", ["fedprox", "fedadam", "fedyogi"])
+def test_what_only_moves_the_sum_may_be_private(algorithm):
+    training = section(algorithm, batch_size=0) | (ADAM if algorithm != "fedprox" else {})
+    assert parse_plan(yaml.safe_dump(yaml.safe_load(TINY) | {"training": training, "privacy": PRIVACY}).encode()).privacy
+
+
+@pytest.mark.parametrize(("epochs", "patients", "steps"), [(1.0, 12, 6), (1.0, 13, 7), (0.5, 13, 4), (0.01, 1, 1)])
+def test_steps_follow_from_epochs(epochs, patients, steps):
+    training = section("fednova", steps=0, epochs=epochs)
+    plan = parse_plan(yaml.safe_dump(yaml.safe_load(TINY) | {"training": training}).encode())
+    assert plan.training.steps_of(patients) == steps and tiny().training.steps_of(patients) == 1
+
+
 @pytest.mark.parametrize(("max_silos", "bits"), [(32, 16), (64, 16), (128, 16), (1000, 12)])
 def test_a_plan_has_room_for_as_many_silos_as_its_row_holds(max_silos, bits):
     plan = tiny({"max_silos": max_silos, "bits": bits, "min_silos": max_silos})

@@ -19,6 +19,7 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FAILED: _ClassVar[Phase]
     ABORTED: _ClassVar[Phase]
     KEYING: _ClassVar[Phase]
+    RELEASING: _ClassVar[Phase]
 IDLE: Phase
 INVITED: Phase
 WAITING: Phase
@@ -29,6 +30,7 @@ COMPLETED: Phase
 FAILED: Phase
 ABORTED: Phase
 KEYING: Phase
+RELEASING: Phase
 
 class Signed(_message.Message):
     __slots__ = ("message", "ctx", "body", "silo", "signature")
@@ -217,7 +219,7 @@ class Seal(_message.Message):
     def __init__(self, cohort_digest: _Optional[bytes] = ..., u2: _Optional[_Iterable[str]] = ..., u3: _Optional[_Iterable[str]] = ..., content_digests: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ModelReport(_message.Message):
-    __slots__ = ("round", "model_mac", "bounds_digest", "sum_digest", "means", "means_of_round", "own", "seconds", "saturated_fraction")
+    __slots__ = ("round", "model_mac", "bounds_digest", "sum_digest", "means", "means_of_round", "own", "seconds", "saturated_fraction", "parameters_digest")
     class MeansEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +250,7 @@ class ModelReport(_message.Message):
     OWN_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     SATURATED_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     round: int
     model_mac: bytes
     bounds_digest: bytes
@@ -257,7 +260,29 @@ class ModelReport(_message.Message):
     own: _containers.ScalarMap[str, float]
     seconds: _containers.ScalarMap[str, float]
     saturated_fraction: float
-    def __init__(self, round: _Optional[int] = ..., model_mac: _Optional[bytes] = ..., bounds_digest: _Optional[bytes] = ..., sum_digest: _Optional[bytes] = ..., means: _Optional[_Mapping[str, float]] = ..., means_of_round: _Optional[int] = ..., own: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., saturated_fraction: _Optional[float] = ...) -> None: ...
+    parameters_digest: bytes
+    def __init__(self, round: _Optional[int] = ..., model_mac: _Optional[bytes] = ..., bounds_digest: _Optional[bytes] = ..., sum_digest: _Optional[bytes] = ..., means: _Optional[_Mapping[str, float]] = ..., means_of_round: _Optional[int] = ..., own: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., saturated_fraction: _Optional[float] = ..., parameters_digest: _Optional[bytes] = ...) -> None: ...
+
+class Bundle(_message.Message):
+    __slots__ = ("run", "parameters_digest", "content_digest", "content_bytes", "versions")
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    parameters_digest: bytes
+    content_digest: bytes
+    content_bytes: int
+    versions: _containers.ScalarMap[str, str]
+    def __init__(self, run: _Optional[str] = ..., parameters_digest: _Optional[bytes] = ..., content_digest: _Optional[bytes] = ..., content_bytes: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class PollRequest(_message.Message):
     __slots__ = ("protocol_min", "protocol_max", "software_version", "seen", "activity", "roster_version", "head_seq", "head_hash", "run", "model_round")

@@ -112,7 +112,7 @@ class FederationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def BeginUpload(self, request, context):
-        """A resumable transfer of what an UploadHeader or a KeyEpoch names: Begin says how many bytes are durable already, Put appends
+        """A resumable transfer of what an UploadHeader, a KeyEpoch or a Bundle names: Begin says how many bytes are durable already, Put appends
         from there, Finish verifies the whole.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
