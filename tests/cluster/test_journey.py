@@ -223,7 +223,7 @@ def test_killed_aggregator_agent_and_trainer_mid_round(federation: Federation, k
     federation.run("long", LONG, state="Paused")
     kube.until("the pause", lambda: federation.status("long").get("phase") == "Paused", 120)
     assert federation.status("long")["round"] == 0
-    kube.kubectl("patch", "federationrun", "long", "-n", NS, "--type=merge", "-p", '{"spec":{"state":"Running"}}')
+    state(kube, "long", "Running")
     federation.until_round("long", 2)
     kube.kubectl("delete", "pod", kube.pod(NS, "aggregator"), "-n", NS, "--grace-period=0", "--force")
     federation.until_round("long", 4)
@@ -279,12 +279,18 @@ def test_what_keeps_a_trainer_from_its_work_is_told_apart_and_mended(federation:
     patch = '[{"op":"add","path":"/status/capacity/nvidia.com~1gpu","value":"1"}]'
     kube.kubectl("patch", "node", "node1", "--subresource=status", "--type=json", "-p", patch)
     pod = kube.until("a trainer at work", lambda: running(kube, trainers, "silo-trainer"), 180)
+    state(kube, "troubled", "Paused")  # the kubelet needs a moment to see a full disk
     with suppress(Failed):  # the exec dies with its pod
-        kube.kubectl("exec", pod, "-n", trainers, "--", "sh", "-c", "head -c 2300M /dev/zero >/tmp/full; sleep 60", timeout_s=120)
+        kube.kubectl("exec", pod, "-n", trainers, "--", "sh", "-c", "head -c 2300M /dev/zero >/tmp/full", timeout_s=120)
     kube.until("an eviction", lambda: evicted(kube, trainers, pod), 120)
+    state(kube, "troubled", "Running")
     assert federation.until_completed("troubled", 600)["progress"] == "10/10"
     log = kube.kubectl("logs", "deploy/silo-agent", "-c", "silo-agent", "-n", at(silo), quiet=True)
     assert "the last trainer ended: evicted" in log, log
+
+
+def state(kube: Kube, run: str, wanted: str) -> None:
+    kube.kubectl("patch", "federationrun", run, "-n", NS, "--type=merge", "-p", f'{{"spec":{{"state":"{wanted}"}}}}')
 
 
 def running(kube: Kube, namespace: str, app: str) -> str:

@@ -103,6 +103,7 @@ authentication: {anonymous: {enabled: false}, webhook: {enabled: true}, x509: {c
 authorization: {mode: Webhook}
 maxOpenFiles: 20000
 nodeStatusUpdateFrequency: 5s
+volumeStatsAggPeriod: 10s
 evictionHard: {memory.available: 100Mi, nodefs.available: 2%, imagefs.available: 2%}
 imageGCHighThresholdPercent: 99
 imageGCLowThresholdPercent: 98
