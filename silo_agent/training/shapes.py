@@ -8,7 +8,7 @@ stopped before anybody trains (docs/adr/0030).
 """
 
 from collections.abc import Sequence
-from math import cos, pi
+from math import cos, pi, sqrt
 
 import numpy as np
 import torch
@@ -16,27 +16,29 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, zoom
 from torch import nn
 
-from silo_agent.training.fedprox import local_update
 from silo_agent.training.tasks import segmentation
 from wardround.canonical import frame, sha256
 from wardround.plan import Plan
 
 BATCH = 16
-LEARNING_RATE, MOMENTUM = 0.1, 0.9  # the rate falls to zero over the steps, as half a cosine
+LEARNING_RATE, FIRST, SECOND, TINY = 0.01, 0.9, 0.999, 1e-8  # of Adam; the rate falls to zero over the steps, as half a cosine
 
 
 def learn_shapes(network: nn.Module, plan: Plan) -> None:
-    """Train a segmentation network, on the CPU and in place, for plan.initial.shapes_steps steps."""
+    """Train a segmentation network, on the CPU and in place, for plan.initial.shapes_steps steps of Adam (Kingma & Ba 2015,
+    Algorithm 1). Written out: torch.optim imports torch's compiler."""
     parameters, steps = list(network.parameters()), plan.initial.shapes_steps
-
-    def gradient(step: int) -> list[torch.Tensor]:
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+    for step in range(steps):
         pairs = [draw(plan.data.patch, len(plan.classes), _random(plan.initial.seed, step, row)) for row in range(BATCH)]
         images, labels = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
-        share = 0.5 * (1 + cos(pi * step / steps))
-        return [share * own for own in torch.autograd.grad(segmentation.loss(network(images[:, None]), labels), parameters)]
-
-    gradients = ((lambda step=step: gradient(step)) for step in range(steps))
-    local_update(parameters, gradients, mu=0.0, learning_rate=LEARNING_RATE, momentum=MOMENTUM)
+        gradients = torch.autograd.grad(segmentation.loss(network(images[:, None]), labels), parameters)
+        rate = LEARNING_RATE * 0.5 * (1 + cos(pi * step / steps)) * sqrt(1 - SECOND ** (step + 1)) / (1 - FIRST ** (step + 1))
+        with torch.no_grad():
+            for theta, gradient, (mean, square) in zip(parameters, gradients, moments, strict=True):
+                mean.mul_(FIRST).add_(gradient, alpha=1 - FIRST)
+                square.mul_(SECOND).addcmul_(gradient, gradient, value=1 - SECOND)
+                theta.addcdiv_(mean, square.sqrt().add_(TINY), value=-rate)
 
 
 def _random(seed: int, step: int, row: int) -> np.random.Generator:
@@ -55,13 +57,13 @@ def _ribbons(shape: Sequence[int], num_classes: int, random: np.random.Generator
     fade inwards; background in the deepest folds and in holes near the middle."""
     axes = (1,) * len(shape)
     grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, edge) for edge in shape), indexing="ij"))
-    centre, radius = random.uniform(-0.1, 0.1, len(shape)), random.uniform(0.6, 0.95, len(shape))
+    centre, radius = random.uniform(-0.1, 0.1, len(shape)), random.uniform(0.65, 1.0, len(shape))
     distance = np.sqrt((((grid - centre.reshape(-1, *axes)) / radius.reshape(-1, *axes)) ** 2).sum(0))
     inside = distance + 0.06 * _waves(shape, 6, random) < 1
-    folds = np.abs(_waves(shape, int(random.integers(6, 14)), random)) * random.uniform(0.6, 1.6)
-    folds += np.maximum(0.7 - distance, 0) * random.uniform(0, 3)
-    height = np.minimum((1 - distance) * random.uniform(2, 5), folds) + 0.1 * _waves(shape, 24, random)
-    shares = random.dirichlet([1.5] + [12.0] * (num_classes - 1))
+    folds = np.abs(_waves(shape, int(random.integers(8, 20)), random)) * random.uniform(0.6, 1.6) + 0.3 * _waves(shape, 6, random)
+    folds += np.maximum(0.5 - distance, 0) * random.uniform(0, 2)
+    height = np.minimum((1 - distance) * random.uniform(4, 15), folds) + 0.1 * _waves(shape, 24, random)
+    shares = random.dirichlet([1.0] + [10.0] * (num_classes - 1))
     levels = np.quantile(height[inside], np.cumsum(shares)[:-1])
     labels = (height > levels.reshape(-1, *axes)).sum(0)
     holes = np.abs(_waves(shape, 5, random)) + 2 * np.maximum(distance - 0.25, 0) < random.uniform(0, 0.35)
@@ -75,9 +77,9 @@ def _picture(
     signals = np.cumsum(random.uniform(0.6, 1.4, num_classes))
     signals = 0.1 + 0.9 * (signals - signals[0] * random.uniform(0.3, 1)) / signals[-1]
     signals = signals if random.random() < 0.5 else 1.1 - signals
-    image = gaussian_filter(np.where(inside, signals[labels] ** random.uniform(0.7, 2), 0.0), random.uniform(0.3, 0.9))
+    image = gaussian_filter(np.where(inside, signals[labels] ** random.uniform(0.7, 2), 0.0), random.uniform(0.3, 0.8))
     image *= np.exp(random.uniform(0, 0.6) * _waves(labels.shape, 3, random))
-    noise = random.normal(0, random.uniform(0.01, 0.08), (2, *labels.shape))
+    noise = random.normal(0, random.uniform(0.01, 0.07), (2, *labels.shape))
     image = np.hypot(image + noise[0], noise[1])
     return np.asarray((image - image.mean()) / image.std(), dtype=np.float32)
 
