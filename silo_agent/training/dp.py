@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from silo_agent.training.fedprox import Gradient
 from silo_agent.training.separable import backward, refuse_inseparable
 
-ROWS_AT_ONCE = 16  # per-sample gradients in memory: this many times the model, however many patients a step draws
+ROWS_AT_ONCE = 32  # per-sample gradients in memory: this many times the model, however many patients a step draws
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets of one step, a row per drawn patient; no row at all is a batch too
 Loss = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) -> mean over rows
