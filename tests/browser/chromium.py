@@ -85,9 +85,9 @@ class Page:
             time.sleep(0.3)
 
     def click(self, text: str) -> None:
-        """With the mouse, in the middle of the innermost link, button, tab or text that says exactly this, once there is one."""
+        """With the mouse, in the middle of the innermost element that says exactly this, once there is one."""
         find = (
-            "(() => { const all = [...document.querySelectorAll('a, button, [role=tab], [role=link], span')];"
+            "(() => { const all = [...document.querySelectorAll('body *')];"
             f"const found = all.filter(e => e.textContent.trim() === {json.dumps(text)} && e.getClientRects().length).pop();"
             "if (!found) return null; found.scrollIntoView({block: 'center'}); const at = found.getBoundingClientRect();"
             "return [at.x + at.width / 2, at.y + at.height / 2] })()"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from tests.browser.chromium import Page
 
 Keep = Callable[[str], None]  # a name for what the page shows now
+SHOW = "scrollIntoView({block: 'start'})"
 CHARTS = "document.querySelectorAll('.js-plotly-plot').length"
 
 
@@ -19,6 +20,7 @@ def walk(page: Page, uri: str, federation: str, run: str, keep: Keep) -> None:
     keep("1-runs")
 
     page.click(run)
+    page.run("[...document.querySelectorAll('button[aria-label=Close]')].forEach(e => e.click())")  # the assistant's panel, if any
     shown = page.until("validation/dice", "Parameters (", "hospitals in the newest round", "Registered")
     assert "training.algorithm" in shown
     keep("2-run")
@@ -27,6 +29,8 @@ def walk(page: Page, uri: str, federation: str, run: str, keep: Keep) -> None:
     page.click("Model metrics")
     page.until("validation", "cohort", "bytes")
     page.wait(f"{CHARTS} >= 4", "four charts")
+    page.run(f"[...document.querySelectorAll('body *')].filter(e => e.textContent.trim().startsWith('validation (')).pop().{SHOW}")
+    page.wait(f"{CHARTS} >= 1 && document.body.innerText.includes('dice')", "the chart of the Dice")
     keep("3-curves")
 
     page.click("Artifacts")
