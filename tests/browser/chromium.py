@@ -99,6 +99,13 @@ class Page:
         for what in ("mousePressed", "mouseReleased"):
             self._call("Input.dispatchMouseEvent", type=what, x=at[0], y=at[1], button="left", clickCount=1)
 
+    def write(self, placeholder: str, text: str) -> None:
+        """Into the field that shows this while it is empty."""
+        field = f"document.querySelector('input[placeholder={json.dumps(placeholder)}]')"
+        self.wait(f"{field} !== null", f"a field {placeholder!r}")
+        self.run(f"{field}.focus()")
+        self._call("Input.insertText", text=text)
+
     def picture(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))

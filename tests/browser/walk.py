@@ -5,7 +5,6 @@ from collections.abc import Callable
 from tests.browser.chromium import Page
 
 Keep = Callable[[str], None]  # a name for what the page shows now
-SHOW = "scrollIntoView({block: 'start'})"
 CHARTS = "document.querySelectorAll('.js-plotly-plot').length"
 
 
@@ -29,8 +28,9 @@ def walk(page: Page, uri: str, federation: str, run: str, keep: Keep) -> None:
     page.click("Model metrics")
     page.until("validation", "cohort", "bytes")
     page.wait(f"{CHARTS} >= 4", "four charts")
-    page.run(f"[...document.querySelectorAll('body *')].filter(e => e.textContent.trim().startsWith('validation (')).pop().{SHOW}")
-    page.wait(f"{CHARTS} >= 1 && document.body.innerText.includes('dice')", "the chart of the Dice")
+    page.write("Search metric charts", "validation")
+    page.until("validation (")
+    page.wait(f"{CHARTS} >= 2 && !document.body.innerText.includes('cohort (')", "the charts of the validation alone")
     keep("3-curves")
 
     page.click("Artifacts")
@@ -40,7 +40,7 @@ def walk(page: Page, uri: str, federation: str, run: str, keep: Keep) -> None:
     keep("4-privacy-report")
 
     page.open(f"{uri}/#/models/{plan}?workflowType=machine_learning")
-    page.until("Registered Models", "Version 1", "wardround.signed_by", "@ released")
+    page.until("Version 1", "wardround.signed_by", "@ released")
     keep("5-released")
 
 
