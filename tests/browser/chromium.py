@@ -66,7 +66,7 @@ class Page:
 
     @property
     def text(self) -> str:
-        return str(self.run("document.body ? document.body.innerText : ''"))
+        return str(self.run("document.body ? document.body.innerText : ''")).replace("\u00a0", " ")
 
     def until(self, *words: str) -> str:
         """The page's text once it shows all of these."""
