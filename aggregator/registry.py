@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from aggregator.run_view import ModelView, RunView
 from wardround.canonical import digest_name
-from wardround.errors import StorageError
 from wardround.release import ALIAS
 
 if TYPE_CHECKING:
@@ -74,12 +73,14 @@ def tags_of(view: RunView, model: ModelView) -> dict[str, str]:
 def register(client: "MlflowClient", run: str, model_id: str, view: RunView) -> str:
     """Make the run's model a version of the registered model that is named as the plan, and move the alias to it where it may.
 
-    Returns what a reader of the run is told of it. Raises StorageError when the name belongs to another federation.
+    Returns what a reader of the run is told of it.
     """
     name, model = view.plan.name, view.model
     if model is None or not model.released:
         return ""
     registered = _registered(client, name, view.federation)
+    if registered is None:
+        return f"logged and not registered: the registered model {name} belongs to another federation; rename the plan"
     found = client.search_model_versions(f"name = '{name}' and run_id = '{run}'", max_results=1)
     if found:
         version = str(found[0].version)
@@ -90,9 +91,8 @@ def register(client: "MlflowClient", run: str, model_id: str, view: RunView) -> 
     at, put = registered.aliases.get(ALIAS), registered.tags.get(MOVED)
     if at is not None and str(at) not in (put, version):
         return (
-            f"version {version} of {name} is registered, and the alias {ALIAS} stays at version {at}, where somebody moved "
-            "it by hand: "
-            f"set it to {version}, or delete it and the next run sets it"
+            f"version {version} of {name} is registered, and the alias {ALIAS} stays at version {at}, where somebody moved it "
+            f"by hand: set it to {version}, or delete it and the next run sets it"
         )
     if at is not None and str(at) != version and _ended_ms(client, name, str(at)) > (view.ended_ms or 0):
         return f"version {version} of {name} is registered; the alias {ALIAS} stays at version {at}, of a newer run"
@@ -104,17 +104,11 @@ def register(client: "MlflowClient", run: str, model_id: str, view: RunView) -> 
 
 
 def _registered(client: "MlflowClient", name: str, federation: str) -> Any:
+    """The registered model of that name, made if need be; None where it is another federation's."""
     found = client.search_registered_models(f"name = '{name}'", max_results=1)
     if not found:
         return client.create_registered_model(name, {"wardround.federation": federation})
-    owner = found[0].tags.get("wardround.federation")
-    if owner is not None and owner != federation:
-        raise StorageError(
-            f"MLflow's registered model {name} belongs to federation {owner}: rename the plan, or use an MLflow of its "
-            "own; the run's "
-            "model is logged, not registered"
-        )
-    return found[0]
+    return found[0] if found[0].tags.get("wardround.federation", federation) == federation else None
 
 
 def _ended_ms(client: "MlflowClient", name: str, version: str) -> int:

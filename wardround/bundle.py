@@ -230,7 +230,7 @@ def privacy_sentence(plan: Plan) -> str:
     privacy, event = plan.privacy, round_event(plan)
     if privacy is None or event is None:
         return (
-            "None is bounded: the plan trains without differential privacy, so nothing limits what the model tells "
+            "No privacy loss is bounded: the plan trains without differential privacy, so nothing limits what the model tells "
             "about one patient."
         )
     return (

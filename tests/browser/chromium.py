@@ -66,7 +66,7 @@ class Page:
 
     @property
     def text(self) -> str:
-        return str(self.run("document.body ? document.body.innerText : ''"))
+        return str(self.run("document.body ? document.body.innerText : ''")).replace("\u00a0", " ")
 
     def until(self, *words: str) -> str:
         """The page's text once it shows all of these."""
@@ -85,16 +85,26 @@ class Page:
             time.sleep(0.3)
 
     def click(self, text: str) -> None:
-        """The innermost link, button, tab or cell whose whole text this is, once there is one."""
+        """With the mouse, in the middle of the innermost element that says exactly this, once there is one."""
         find = (
-            "(() => { const all = [...document.querySelectorAll('a, button, [role=tab], [role=link], span')];"
-            f"const found = all.filter(e => e.textContent.trim() === {json.dumps(text)}).pop();"
-            "if (!found) return false; found.scrollIntoView(); found.click(); return true })()"
+            "(() => { const all = [...document.querySelectorAll('body *')];"
+            f"const found = all.filter(e => e.textContent.trim() === {json.dumps(text)} && e.getClientRects().length).pop();"
+            "if (!found) return null; found.scrollIntoView({block: 'center'}); const at = found.getBoundingClientRect();"
+            "return [at.x + at.width / 2, at.y + at.height / 2] })()"
         )
         end = time.monotonic() + WAIT_S
-        while not self.run(find):
+        while not (at := self.run(find)):
             assert time.monotonic() < end, f"nothing to click says {text!r}; the page shows:\n{self.text[:3000]}"
             time.sleep(0.3)
+        for what in ("mousePressed", "mouseReleased"):
+            self._call("Input.dispatchMouseEvent", type=what, x=at[0], y=at[1], button="left", clickCount=1)
+
+    def write(self, placeholder: str, text: str) -> None:
+        """Into the field that shows this while it is empty."""
+        field = f"document.querySelector('input[placeholder={json.dumps(placeholder)}]')"
+        self.wait(f"{field} !== null", f"a field {placeholder!r}")
+        self.run(f"{field}.focus()")
+        self._call("Input.insertText", text=text)
 
     def picture(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

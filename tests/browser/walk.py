@@ -19,6 +19,7 @@ def walk(page: Page, uri: str, federation: str, run: str, keep: Keep) -> None:
     keep("1-runs")
 
     page.click(run)
+    page.run("[...document.querySelectorAll('button[aria-label=Close]')].forEach(e => e.click())")  # the assistant's panel, if any
     shown = page.until("validation/dice", "Parameters (", "hospitals in the newest round", "Registered")
     assert "training.algorithm" in shown
     keep("2-run")
@@ -27,6 +28,9 @@ def walk(page: Page, uri: str, federation: str, run: str, keep: Keep) -> None:
     page.click("Model metrics")
     page.until("validation", "cohort", "bytes")
     page.wait(f"{CHARTS} >= 4", "four charts")
+    page.write("Search metric charts", "validation")
+    page.until("validation (")
+    page.wait(f"{CHARTS} >= 2 && !document.body.innerText.includes('cohort (')", "the charts of the validation alone")
     keep("3-curves")
 
     page.click("Artifacts")
@@ -36,7 +40,7 @@ def walk(page: Page, uri: str, federation: str, run: str, keep: Keep) -> None:
     keep("4-privacy-report")
 
     page.open(f"{uri}/#/models/{plan}?workflowType=machine_learning")
-    page.until("Registered Models", "Version 1", "wardround.signed_by", "@ released")
+    page.until("Version 1", "wardround.signed_by", "@ released")
     keep("5-released")
 
 

@@ -109,12 +109,14 @@ def test_the_card_says_on_whom_how_good_how_private_and_what_not_for() -> None:
         "patients are simulated",
         "| charite | 84 |",
         "| dice | 0.812 |",
-        "None is bounded",
+        "No privacy loss is bounded",
         "signed by charite, leuven",
     ):
         assert line in card
     promised = model_card(Released("neuro", "tiny-1", private(), b"", **facts | {"means": {}}))
-    assert "(epsilon 8, delta 1e-05)-differential privacy of each patient" in promised and "None is bounded" not in promised
+    assert (
+        "(epsilon 8, delta 1e-05)-differential privacy of each patient" in promised and "No privacy loss is bounded" not in promised
+    )
     assert "the parameters stay at the silos" in promised and "too few validation patients" in promised
 
 
