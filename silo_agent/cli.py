@@ -129,8 +129,9 @@ def preflight(
         material = SiloKeys.open(settings.data / "keys").tls_material()
         host, _, port = (State(settings.data / "state.sqlite").meta("target") or b"").decode().rpartition(":")
         out = look_out(host, int(port), material[0], settings.network.proxy)
-    elif enrolment is None:
-        out = iter([Finding("enrolment", False, "NOT ENROLLED: name the file that the coordinator sent, with --enrolment")])
+    elif enrolment is None or not enrolment.exists():
+        told = "NOT ENROLLED: name the file that the coordinator sent, wardround-NAME.yaml: with --enrolment, or to helm with -f"
+        out = iter([Finding("enrolment", False, told)])
     else:
         try:
             file = read_enrollment(enrolment)
