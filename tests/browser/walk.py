@@ -29,8 +29,8 @@ def walk(page: Page, uri: str, federation: str, run: str, keep: Keep) -> None:
     page.until("validation", "cohort", "bytes")
     page.wait(f"{CHARTS} >= 4", "four charts")
     page.write("Search metric charts", "validation")
-    page.until("validation (")
-    page.wait(f"{CHARTS} >= 2 && !document.body.innerText.includes('cohort (')", "the charts of the validation alone")
+    page.until("(validation/dice)")
+    page.wait(f"{CHARTS} >= 2 && !document.body.innerText.includes('(cohort/size)')", "the charts of the validation alone")
     keep("3-curves")
 
     page.click("Artifacts")
