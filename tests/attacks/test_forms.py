@@ -96,10 +96,12 @@ def test_a_bomb_in_the_size_of_a_chunk_is_numbers_and_nothing_else(monkeypatch: 
     """It is added as any other numbers; only what this process saved itself is ever decompressed."""
     seen: list[int] = []
 
-    class Decompressor(ZstdDecompressor):
+    class Decompressor:
+        real = ZstdDecompressor()
+
         def decompress(self, data: bytes) -> bytes:
-            seen.append(len(super().decompress(data)))
-            return super().decompress(data)
+            seen.append(len(self.real.decompress(data)))
+            return self.real.decompress(data)
 
     monkeypatch.setattr(ciphertexts, "ZstdDecompressor", Decompressor)
     chunk = bomb().ljust(HE.upload_chunk_bytes, b"\0")
