@@ -86,7 +86,9 @@ def register(client: "MlflowClient", run: str, model_id: str, view: RunView) -> 
         version = str(found[0].version)
     else:
         about = f"{view.run_id}, trained across {len(model.declared)} hospitals; docs/model_card.md says on what and what not for"
-        made = client.create_model_version(name, f"models:/{model_id}", run, tags_of(view, model), None, about, model_id=model_id)
+        made = client.create_model_version(
+            name, f"models:/{model_id}", run, tags_of(view, model), None, about, await_creation_for=0, model_id=model_id
+        )
         version = str(made.version)
     at, put = registered.aliases.get(ALIAS), registered.tags.get(MOVED)
     if at is not None and str(at) not in (put, version):
