@@ -8,6 +8,7 @@ stopped before anybody trains (docs/adr/0030).
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import cos, pi, sqrt
 
 import numpy as np
@@ -86,6 +87,15 @@ def _picture(
 
 def _waves(shape: Sequence[int], knots: int, random: np.random.Generator) -> NDArray[np.float64]:
     """A smooth random field of standard deviation about 1: `knots` independent values along each edge, cubic between them."""
-    coarse = random.normal(0, 1, [min(knots, edge) for edge in shape])
-    factors = [edge / have for edge, have in zip(shape, coarse.shape, strict=True)]
-    return np.asarray(zoom(coarse, factors, order=3, mode="nearest", grid_mode=True))
+    field = random.normal(0, 1, [min(knots, edge) for edge in shape])
+    for axis, edge in enumerate(shape):
+        field = np.moveaxis(np.tensordot(_between(field.shape[axis], edge), field, axes=(1, axis)), 0, axis)
+    return field
+
+
+@lru_cache
+def _between(knots: int, edge: int) -> NDArray[np.float64]:
+    """[edge, knots]: cubic interpolation along one axis, whose columns are what scipy makes of one knot at a time. More than three
+    times as fast as scipy's own `zoom` of each field, and the same but for the last bits."""
+    columns = [zoom(unit, edge / knots, order=3, mode="nearest", grid_mode=True) for unit in np.eye(knots)]
+    return np.stack(columns, axis=1)

@@ -69,6 +69,6 @@ def test_a_federation_averages_its_silos(tmp_path: Path) -> None:
 
 def test_without_privacy_a_step_has_as_many_patients_as_it_divided_by() -> None:
     private = private_plan(privacy={"sample_rate": 0.25})
-    bare = without_privacy(private, 30)
-    assert (bare.privacy, bare.training.batch_size) == (None, 8)
+    bare = without_privacy(private, 30, 0.07)
+    assert (bare.privacy, bare.training.batch_size, bare.training.optimizer.learning_rate) == (None, 8, 0.07)
     assert bare.model_copy(update={"privacy": private.privacy, "training": private.training}) == private
