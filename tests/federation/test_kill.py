@@ -2,9 +2,9 @@
 same bits come out.
 
 One federation goes through a story: a run that nobody disturbs, the same run with a death before and after every row, a hospital
-that goes back to a backup, one that is away while keys are agreed, a sum that holds an upload twice, a run that is aborted, runs
-that are refused. What only disagreeing or absent silos bring about comes from fake silos at a second aggregator. The rows are the
-tables' own: a new one fails here until something reaches it.
+that goes back to a backup, a run and hospitals that pause, one that is away while keys are agreed, a sum that holds an upload
+twice, a run that is aborted, runs that are refused. What only disagreeing or absent silos bring about comes from fake silos at a
+second aggregator. The rows are the tables' own: a new one fails here until something reaches it.
 """
 
 import socket
@@ -91,6 +91,7 @@ def _tell(federation: Haunted, story: Story) -> Story:
     story.abandoned = len(federation.opened.store.abandoned(disturbed))
     _restore(federation, "agent.before.join", "missed it")
     _restore(federation, "agent.before.judge", "not ours")
+    _pause(federation)
     story.late = _late(federation)
     _refuse_a_sum(federation)
     _abort(federation)
@@ -101,6 +102,30 @@ def _tell(federation: Haunted, story: Story) -> Story:
     story.died = frozenset().union(*(deaths.died for deaths in federation.deaths.values()))
     story.verified = [*(federation.verify(head_from=silo) for silo in NAMES), *(federation.verify(silo) for silo in NAMES)]
     return story
+
+
+def _pause(federation: Haunted) -> None:
+    """Hospitals that take no new run; a run that opens no round; hospitals that train for none. Then all goes on."""
+
+    def pause(reason: str) -> None:
+        for silo in NAMES:
+            federation.at_silo(silo, *(("pause", reason) if reason else ("resume",)))
+
+    def died(row: str) -> bool:
+        return all({name for name in DUE[silo] if name.endswith(f".{row}")} <= federation.deaths[silo].died for silo in NAMES)
+
+    pause("the scanner moves")
+    run = federation.ask(tiny())
+    federation.opened.store.pause(run, "the protocol is read again", "tester")
+    federation.until(lambda: died("no new run"), "hospitals that take no new run")
+    pause("")
+    paused = {"aggregator.before.paused", "aggregator.after.paused"}
+    federation.until(lambda: paused <= federation.deaths["aggregator"].died, "a run that opens no round")
+    pause("the scanner moves")
+    federation.opened.store.pause(run, "", "tester")
+    federation.until(lambda: died("paused"), "hospitals that train for no round")
+    pause("")
+    federation.ended(run)
 
 
 def _late(federation: Haunted) -> set[str]:
