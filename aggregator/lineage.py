@@ -135,8 +135,8 @@ def explained(error: "MlflowException", run: str) -> WardroundError:
         return StorageError(f"this MLflow server is too old for run {run}: logged models need MLflow 3; upgrade it. {later}")
     if re.search(r"(error code|too many) 5\d\d", text) or (code == "INTERNAL_ERROR" and isinstance(error, RestException)):
         return StorageError(
-            f"MLflow fails to keep run {run}; its own log says why: a full disk, or a database of another version, for which "
-            f"`mlflow db upgrade` is meant. {later}"
+            f"MLflow fails to keep run {run}; its own log says why: a full disk, a folder of artifacts that cannot be "
+            f"written, or a database of another version, for which `mlflow db upgrade` is meant. {later}"
         )
     if isinstance(error, RestException):
         return StorageError(f"MLflow refuses run {run} ({code}); its own log says why; this is tried again")

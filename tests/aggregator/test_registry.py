@@ -212,7 +212,7 @@ def test_the_comparison_out_of_mlflow_is_the_one_out_of_the_store(client: Mlflow
 
 
 def test_a_private_run_compares_with_its_epsilon(client: MlflowClient, outage: Outage) -> None:
-    view = run_view("shelf", plan=private(rounds=2), run_id="cost-1")  # the fixture's run is another federation's tiny-1
+    view = run_view("shelf", plan=private(rounds=2).model_copy(update={"name": "cost"}), run_id="cost-1")
     project(view, client, Shelf())
     side = Tracking(outage.uri).side("cost-1")
     assert side == side_of(view) and side.epsilon is not None and 0 < side.epsilon <= 8

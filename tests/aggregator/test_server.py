@@ -20,6 +20,7 @@ import grpc
 import pytest
 import sqlalchemy
 
+from aggregator.blobs import Blobs
 from aggregator.folder import Opened
 from aggregator.server import Server
 from aggregator.services import federation
@@ -70,8 +71,9 @@ def test_two_rounds_and_the_closing_one(aggregator: TestAggregator) -> None:
     assert view.rounds[1].own == {silo: {"dice": 0.4} for silo in SILOS} and view.rounds[0].seconds["train"] == 1.0
     assert (view.rounds[0].late, view.rounds[0].dropped, view.ended_ms) == (0, 0, state.ended_ms)
     assert view.notes == ("patients are simulated",) and {one.declared_patients for one in view.datasets} == {20}
-    Projection(aggregator.store).projected(run)
-    assert Projection(aggregator.store).unprojected() == []
+    blobs = Blobs(aggregator.settings.data / "spool")
+    Projection(aggregator.store, blobs).projected(run)
+    assert Projection(aggregator.store, blobs).unprojected() == []
 
 
 def test_a_poll_waits_for_news_and_no_longer_than_it_must(aggregator: TestAggregator, monkeypatch: pytest.MonkeyPatch) -> None:

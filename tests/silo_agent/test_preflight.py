@@ -11,11 +11,11 @@ from silo_agent import preflight
 from silo_agent.config import Proxy, load_settings
 from silo_agent.custody.door import new_secret
 from silo_agent.preflight import Finding, look_home, look_out
-from tests.aggregator.conftest import aggregator
+from tests.aggregator.conftest import aggregator, database
 from tests.support.aggregator import TestAggregator
 from tests.support.connect_proxy import ConnectProxy
 
-__all__ = ["aggregator"]
+__all__ = ["aggregator", "database"]
 
 
 def roots(running: TestAggregator) -> bytes:
