@@ -250,15 +250,16 @@ def main() -> None:
     as_json = parser.parse_args().json
     began = time.monotonic()
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
-        scaffold = pool.map(partial(compare, Scaffold, EVEN), SEEDS)
-        fednova = pool.map(partial(compare, FedNova, UNEVEN, epochs=EPOCHS), SEEDS)
-        found = summary(list(scaffold), list(fednova), identities()) | {"seconds": round(time.monotonic() - began, 1)}
+        jobs = pool.map(partial(compare, Scaffold, EVEN), SEEDS), pool.map(partial(compare, FedNova, UNEVEN, epochs=EPOCHS), SEEDS)
+        same = identities()
+        scaffold, fednova = map(list, jobs)
+        found = summary(scaffold, fednova, same) | {"seconds": round(time.monotonic() - began, 1)}
     if as_json:
         print(json.dumps(found))
         return
     table = Table("algorithm", "seed", "loss", "rounds of FedAvg", "rounds", title=f"label skew, best of {len(RATES)} rates each")
-    for name in ("scaffold", "fednova"):
-        for result in found[name]:  # type: ignore[attr-defined]  # the lists that summary put there
+    for name, results in (("scaffold", scaffold), ("fednova", fednova)):
+        for result in results:
             figures = (f"{result['loss']:.4f}", str(result["fedavg_rounds"]), str(result["rounds"]))
             table.add_row(name, str(result["seed"]), *figures)
     Console().print(table)

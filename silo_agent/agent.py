@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from silo_agent import release, scrutiny
 from silo_agent.algorithms.at_home import Home
@@ -212,7 +212,6 @@ class Agent:
             segments = {name: binding.labels.segments[name] for name in run.plan.classes[1:]}
             work = IngestWork(run.plan, binding.source, segments, self.keys.split_key, self.settings.snapshots)
             result = self._helped(offer, work)
-            assert isinstance(result, IngestResult)  # noqa: S101 - the desk pairs work and result
         except WardroundError as error:
             if error.retryable or type(error) is WardroundError:
                 raise
@@ -225,7 +224,7 @@ class Agent:
 
     def _initialize(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
-        result = self._trained(offer, TrainerWork("initialize", run.plan))
+        result = self._helped(offer, TrainerWork("initialize", run.plan))
         model, exponents, home = run.learning.begin(result.values)
         self.state.keep_home(run.id, 0, self._put_home(home))
         self._keep_model(run, 0, model, exponents, [], model_mac(initial_digest_key(run.id), run.layout, model.parameters))
@@ -322,7 +321,7 @@ class Agent:
             event, noise_key = budgeted
             declared = self.settings.dataset(run.plan.dataset).declared_patients
             work = replace(work, random_key=noise_key, noise_multiplier=event.noise_multiplier, declared_patients=declared)
-        result = self._trained(offer, work)
+        result = self._helped(offer, work)
         if len(result.values) != len(work.parameters):
             raise MessageError(f"the trainer delivered {len(result.values)} bytes, the layout has {len(work.parameters)}")
         stays = self._put_home(run.learning.trained(result.values, model, home, run.rate(round_)))
@@ -439,7 +438,7 @@ class Agent:
         model = self._model(run, run.model_round)
         parameters = run.learning.parameters(model, self._home(run, run.model_round + 1))
         work = TrainerWork("evaluate", run.plan, run.model_round, parameters, self._snapshot_folder(run))
-        result = self._trained(offer, work)
+        result = self._helped(offer, work)
         self.state.evaluated(run.id, run.model_round, json.dumps(result.metrics), result.num_patients)
 
     def _report(self, offer: pb.Offer) -> None:
@@ -475,11 +474,11 @@ class Agent:
         if self.state.bundle(run.id) is None:
             ctx, parameters = run_ctx(self.federation, run.id, run.plan.digest), self._model(run, run.model_round).parameters
             release.make_bundle(
-                run, parameters, self.state, self.spool, lambda work: self._trained(offer, work),
+                run, parameters, self.state, self.spool, lambda work: self._helped(offer, work),
                 lambda body: sign("bundle", ctx, body, self.silo, self.keys.identity),
             )  # fmt: skip
         row = self.state.bundle(run.id)
-        assert row is not None  # noqa: S101 - kept above
+        assert row is not None  # noqa: S101 - it was there, or make_bundle has just written it
         self.membership.dial().upload(pb.Signed.FromString(row["statement"]), self.spool.get(row["content"]))
         self.state.bundle_sent(run.id)
 
@@ -579,10 +578,11 @@ class Agent:
         self.membership.dial().post(signed)
         return signed
 
-    def _trained(self, offer: pb.Offer, work: TrainerWork) -> TrainerResult:
-        result = self._helped(offer, work)
-        assert isinstance(result, TrainerResult)  # noqa: S101 - the desk pairs work and result
-        return result
+    @overload
+    def _helped(self, offer: pb.Offer, work: TrainerWork) -> TrainerResult: ...
+
+    @overload
+    def _helped(self, offer: pb.Offer, work: IngestWork) -> IngestResult: ...
 
     def _helped(self, offer: pb.Offer, work: TrainerWork | IngestWork) -> TrainerResult | IngestResult:
         """Have a helper do it. Raises Superseded when the offer moved past it, and what the helper failed with."""

@@ -5,12 +5,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import overload
 
 from silo_agent.desk import Desk
 from silo_agent.launch.process import Process
 from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork
 
 LOOK_S = 1.0
+
+
+@overload
+def run_errand(work: TrainerWork, doing: str) -> TrainerResult: ...
+
+
+@overload
+def run_errand(work: IngestWork, doing: str) -> IngestResult: ...
 
 
 def run_errand(work: IngestWork | TrainerWork, doing: str) -> IngestResult | TrainerResult:

@@ -5,6 +5,7 @@ door, and every later stage takes a Plan.
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -41,9 +42,9 @@ class _Network(Part):
     classifies: ClassVar[bool] = False
     norm_groups: Count = 8
 
+    @abstractmethod
     def widths(self) -> dict[str, tuple[int, ...]]:
         """The key that sets them -> channels that a GroupNorm of the network sees."""
-        raise NotImplementedError
 
     @property
     def patch_factor(self) -> int:

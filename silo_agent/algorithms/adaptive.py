@@ -4,12 +4,14 @@ Optimization, ICLR 2021, arXiv 2003.00295, algorithm 2. They differ in one line,
     m <- beta1 m + (1 - beta1) mean;  v <- the one line;  theta <- theta + eta m / (sqrt(v) + tau);  v starts at tau^2
 """
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 
 from silo_agent.algorithms.fedavg import FedAvg, Vectors
 
 
-class Adaptive(FedAvg):
+class Adaptive(FedAvg, ABC):
     """Moments are m and v. The update that a silo sends is FedAvg's."""
 
     def start(self, theta: np.ndarray) -> Vectors:
@@ -22,6 +24,6 @@ class Adaptive(FedAvg):
         direction = np.divide(m, np.add(np.sqrt(v), training.adaptivity))
         return np.add(theta, np.multiply(direction, training.server_learning_rate)), (m, v)
 
+    @abstractmethod
     def second_moment(self, v: np.ndarray, square: np.ndarray) -> np.ndarray:
         """The next v. `square`: of the mean update."""
-        raise NotImplementedError

@@ -37,7 +37,7 @@ class Scaffold(FedAvg):
         return np.asarray(drift - update.astype(np.float64) * (self.training.optimizer.learning_rate / learning_rate))
 
     def share(self, update: np.ndarray, variate: np.ndarray | None, round_: Round) -> Share:
-        assert variate is not None  # noqa: S101 - it was made with the update
+        assert variate is not None  # noqa: S101 - next_variate made it from this very update, in the same transaction
         return Share(np.concatenate([update, variate.astype(np.float32)]))
 
     def step(self, theta: np.ndarray, moments: Vectors, mean: np.ndarray, scalars: tuple[float, ...]) -> tuple[np.ndarray, Vectors]:

@@ -202,7 +202,7 @@ def test_ended_in_the_middle_of_a_sum_the_next_one_is_the_same(blobs: Blobs, pro
         file.write(data[:100])
         process.close() if how == "close" else os.kill(process.pid or 0, signal.SIGKILL)
         thread.join()
-    assert "has ended; nothing is lost" in str(caught[0]) and caught[0].retryable  # type: ignore[attr-defined]
+    assert "has ended; nothing is lost" in str(caught[0]) and caught[0].retryable
     blobs.whole(digest).unlink()
     assert opened(blobs, process.fold([stored(blobs, data)], ROW, 2)[0])[:, 0].tolist() == [1, 2]
 

@@ -145,7 +145,7 @@ def with_token(silo: FakeSilo) -> tuple[grpc.Channel, object]:
 def test_a_token_enrols_and_nothing_else(aggregator: TestAggregator, silo: FakeSilo) -> None:
     channel, stub = with_token(silo)
     with refused(IdentityError, "an enrolment token may not call Poll: enrol first"):
-        stub.Poll(POLL, timeout=5)  # type: ignore[attr-defined]
+        stub.Poll(POLL, timeout=5)
     with refused(IdentityError, "certificate of role silo may not call Enroll"):
         silo.stub.Enroll(silo.enroll_request(), timeout=5)
     channel.close()
@@ -168,7 +168,7 @@ def test_an_enrolment_for_another_name_or_with_a_key_it_does_not_hold(aggregator
     request.identity = bytes(32)
     channel, stub = with_token(silo)
     with refused(IdentityError, "not signed by the identity key it brings"):
-        stub.Enroll(request, timeout=5)  # type: ignore[attr-defined]
+        stub.Enroll(request, timeout=5)
     channel.close()
     silo.close()
     assert {one.silo: one.state for one in aggregator.store.tokens()} == {"a": "used", "b": "unused"}  # a bad call burns nothing
@@ -193,7 +193,7 @@ def test_a_request_for_a_certificate_that_is_none_burns_no_token(aggregator: Tes
     request.signature = OPERATOR.sign(enroll_bytes("neuro", "a", request.csr_pem, request.identity, request.sealing))
     channel, stub = with_token(silo)
     with refused(MessageError, "expected a certificate request in PEM form"):
-        stub.Enroll(request, timeout=5)  # type: ignore[attr-defined]
+        stub.Enroll(request, timeout=5)
     channel.close()
     assert [one.state for one in aggregator.store.tokens()] == ["unused"]
 

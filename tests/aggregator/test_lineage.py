@@ -66,13 +66,13 @@ def test_a_run_is_written_as_operations_md_says(client: MlflowClient, seen: Seen
 
 def test_killed_between_any_two_calls_and_repeated_it_writes_the_same(client: MlflowClient, seen: Seen) -> None:
     count = Fragile(client)
-    project(run_view("smooth"), count, SOURCE)  # type: ignore[arg-type]
+    project(run_view("smooth"), count, SOURCE)
     expected = seen("smooth")
     assert count.calls >= 12
     for at in range(1, count.calls + 1):
         federation = f"killed-{at}"
         with pytest.raises(Killed):
-            project(run_view(federation), Fragile(client, at), SOURCE)  # type: ignore[arg-type]
+            project(run_view(federation), Fragile(client, at), SOURCE)
         project(run_view(federation), client, SOURCE)
         assert seen(federation) == expected, f"killed after call {at}"
 
@@ -92,7 +92,7 @@ def test_known_rounds_are_not_sent_again_and_a_late_report_is(client: MlflowClie
     known = run_view("late", 2)
     project(known, client, SOURCE)
     count = Fragile(client)
-    project(known, count, SOURCE, known)  # type: ignore[arg-type]
+    project(known, count, SOURCE, known)
     assert count.calls and not count.metrics
     newest = replace(known.rounds[1], own={**known.rounds[1].own, "charite": {"dice": 0.5}})
     project(replace(known, rounds=(known.rounds[0], newest)), client, SOURCE, known)
@@ -172,7 +172,7 @@ def test_a_run_that_mlflow_refuses_does_not_hold_up_the_next(client: MlflowClien
     project(run_view("refused"), client, SOURCE)
     views = [run_view("refused", plan=tiny(rounds=3)), run_view("free", run_id="tiny-2")]
     store = Store(views[1])
-    store.unprojected = lambda: views  # type: ignore[method-assign]
+    store.unprojected = lambda: views
     known: dict[str, RunView] = {}
     assert isinstance(catch_up(store, client, known), StorageError)
     assert store.done.is_set() and not known

@@ -146,7 +146,7 @@ def answering(code: int, text: str) -> Iterator[str]:
 def test_answers_of_servers_that_are_not_here(code: int, text: str, kind: type[Exception], sentence: str) -> None:
     with answering(code, text) as uri, pytest.raises(kind, match=sentence) as caught:
         project(run_view("stub"), connect(uri), SOURCE)
-    assert "127.0.0.1" not in str(caught.value) and caught.value.retryable  # type: ignore[attr-defined]
+    assert "127.0.0.1" not in str(caught.value) and caught.value.retryable
 
 
 def test_an_mlflow_that_never_answers_slows_no_round(tmp_path: Path) -> None:

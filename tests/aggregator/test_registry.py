@@ -100,7 +100,7 @@ def test_killed_between_any_two_calls_and_repeated_nothing_is_there_twice(client
 
     smooth, count = view_of("killed"), Fragile(client)
     before = replace(smooth, run_id="killed-0")
-    project(smooth, count, Shelf(before))  # type: ignore[arg-type]
+    project(smooth, count, Shelf(before))
     assert count.calls >= 25
     expected = held(smooth)[0]
     sizes = {name: len(data) for name, data in files(outage, run_id(client, smooth)).items()}
@@ -108,7 +108,7 @@ def test_killed_between_any_two_calls_and_repeated_nothing_is_there_twice(client
         view = replace(smooth, federation=f"shelf-{at}", plan=smooth.plan.model_copy(update={"name": f"killed-{at}"}))
         view = replace(view, model=released(view.plan), run_id=f"{view.plan.name}-1")
         with pytest.raises(Killed):
-            project(view, Fragile(client, at), Shelf(before))  # type: ignore[arg-type]
+            project(view, Fragile(client, at), Shelf(before))
         project(view, client, Shelf(before))
         run = rows(outage.database, view.federation, view.plan.name)
         mine = run.pop(view.run_id)

@@ -159,7 +159,7 @@ def program(tmp_path: Path) -> Iterator[tuple[Path, Callable[..., subprocess.Com
         line = [sys.executable, "-c", "from aggregator.cli import main; main()", *words]
         return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=60, check=False, **more)
 
-    command.environment = environment  # type: ignore[attr-defined]
+    command.environment = environment
     yield settings, command
 
 

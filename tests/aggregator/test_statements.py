@@ -189,7 +189,7 @@ def test_a_report_that_does_not_fit(aggregator: TestAggregator, silos: list[Fake
 def test_metrics_of_its_own_only_where_the_join_allows_them(aggregator: TestAggregator, silos: list[FakeSilo]) -> None:
     for silo in silos:
         original = silo.join
-        silo.join = lambda offer, original=original: original(offer, per_silo_metrics=False)  # type: ignore[method-assign]
+        silo.join = lambda offer, original=original: original(offer, per_silo_metrics=False)
     aggregator.submit(tiny())
     silo = at("evaluating", aggregator, silos)
     silo.step()

@@ -111,7 +111,7 @@ def test_uneven_silos_by_hand() -> None:
     algorithm = FedNova(section(training.FedNova, epochs=0.1), Server())
     federation = Federation(silos((20, 0.0), (40, 0.0)), section(training.FedNova, epochs=0.1), bound=1)
     updates = iter([np.full(10, 0.2, np.float32), np.full(10, 0.4, np.float32)])
-    federation.local = lambda silo: next(updates)  # type: ignore[method-assign]  # two and four steps of -1 at rate 0.1
+    federation.local = lambda silo: next(updates)  # two and four steps of -1 at rate 0.1
     total = federation.round()
     assert total.scalars[0] == pytest.approx(20 / 40 * 0.5 + 1.0)
     assert federation.model.theta == pytest.approx(10 / 3 * 0.1, abs=1e-4)
@@ -130,7 +130,7 @@ def test_fednova_finds_the_optimum_that_uneven_steps_hide_from_fedavg() -> None:
 def test_a_silo_that_is_far_larger_than_it_declared_sends_nothing() -> None:
     federation = Federation(silos((20, 1.0)), section(training.FedNova, epochs=1.0))
     share = federation.algorithm.share
-    federation.algorithm.share = lambda update, variate, round_: share(  # type: ignore[method-assign]
+    federation.algorithm.share = lambda update, variate, round_: share(
         update, variate, type(round_)(round_.learning_rate, 81, round_.cap)
     )
     with pytest.raises(DataError, match="more than 4 times the patients that any declared"):

@@ -119,7 +119,7 @@ class AggregatorProcess(TestAggregator):
         self.program: Program = programs.start("aggregator", tool("aggregator", "--config", str(file), "serve"), folder / "log")
 
     def submit(self, plan: object) -> str:
-        return self.store.submit(plan, "tester")  # type: ignore[arg-type]
+        return self.store.submit(plan, "tester")
 
 
 @pytest.fixture

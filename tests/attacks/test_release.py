@@ -51,7 +51,7 @@ def closing(hospitals: Hospitals, run: str) -> None:
         raise Disconnected("not yet")
 
     charite = hospitals.silos["charite"].agent
-    charite._release = later  # type: ignore[method-assign]
+    charite._release = later
     hospitals.reach(run, OPEN.rounds + 1, "completed")
     del charite._release
 
@@ -213,7 +213,7 @@ def test_a_report_of_another_round_or_plan_carries_no_digest_of_parameters(willi
     willing.reach(run, 1, "evaluating")
     leuven = willing.silos["leuven"]
     sent: list[pb.Signed] = []
-    leuven.agent.membership.dial().post = lambda signed: sent.append(signed) or pb.Receipt()  # type: ignore[method-assign, func-returns-value]
+    leuven.agent.membership.dial().post = lambda signed: sent.append(signed) or pb.Receipt()
     willing.until(lambda: bool(sent), leuven)
     leuven.agent.membership.hang_up()
     lie = altered(leuven, sent[0], pb.ModelReport, parameters_digest=bytes(32))
@@ -239,7 +239,7 @@ def test_a_killed_maker_sends_the_bundle_it_had_made(willing: Hospitals) -> None
     run = willing.start(OPEN)
     closing(willing, run)
     charite = willing.silos["charite"]
-    charite.agent.membership.dial().upload = lambda *_: (_ for _ in ()).throw(ConnectionError)  # type: ignore[method-assign]
+    charite.agent.membership.dial().upload = lambda *_: (_ for _ in ()).throw(ConnectionError)
     with pytest.raises(ConnectionError):
         charite.agent._release(charite.poll())
     charite.agent.membership.hang_up()

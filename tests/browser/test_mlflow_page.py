@@ -41,7 +41,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
         assert experiment is not None
         found = {run.info.run_name or "": run.info.run_id for run in client.search_runs([experiment.experiment_id])}
         names = ("brain-tissue-1", "brain-tissue-2")
-        yield Shown(uri, experiment.experiment_id, tuple((name, found[name]) for name in names))  # type: ignore[arg-type]
+        yield Shown(uri, experiment.experiment_id, tuple((name, found[name]) for name in names))
     finally:
         stop_mlflow(process)
         os.environ.clear()

@@ -51,7 +51,7 @@ def test_mlflow_knows_the_names_it_is_called_by(render: Render) -> None:
 def test_without_the_operators_key_the_next_command_is_told(helm: object, render: Render) -> None:
     from tests.charts.conftest import CHARTS
 
-    notes = helm("install", "r", str(CHARTS / "aggregator"), "--dry-run=client").stdout  # type: ignore[operator]
+    notes = helm("install", "r", str(CHARTS / "aggregator"), "--dry-run=client").stdout
     assert "NOT ENROLLED" in notes and "--set-file operator.publicKey=operator.pub" in notes
 
 

@@ -22,7 +22,7 @@ def main(out: Path, name: str, source: Path, *options: str) -> None:
     config: dict[str, object] = {"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]}
     for key, _, value in (option.partition("=") for option in options):
         if key == "env":
-            config["Env"] = [*config["Env"], value]  # type: ignore[misc]
+            config["Env"] = [*config["Env"], value]
         elif key == "user":
             config["User"] = value
         else:

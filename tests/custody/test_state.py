@@ -78,7 +78,7 @@ def test_the_facts_follow_every_transaction(state: State) -> None:
 
     def then(**changed: Any) -> None:
         facts.update(changed)
-        assert state.facts(RUN) == Facts(**facts)  # type: ignore[arg-type]
+        assert state.facts(RUN) == Facts(**facts)
 
     then()
     state.judged(RUN, PLAN.canonical(), PLAN.digest, None, "")

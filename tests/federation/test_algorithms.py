@@ -144,7 +144,7 @@ def restless(silo: Silo) -> None:
         employ(silo, cast(Script, silo.agent.desk))
         return row
 
-    silo.obey = obeyed  # type: ignore[method-assign]
+    silo.obey = obeyed
 
 
 def finish(hospitals: Hospitals, plan: Plan) -> str:

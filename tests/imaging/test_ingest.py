@@ -69,7 +69,7 @@ def move(slices: dict[int, float]) -> Damage:
 
     def damage(folder: Path) -> None:
         for index, height in slices.items():
-            edit(images(folder)[index], lambda d, h=height: d.ImagePositionPatient.__setitem__(2, h))  # type: ignore[misc]
+            edit(images(folder)[index], lambda d, h=height: d.ImagePositionPatient.__setitem__(2, h))
 
     return damage
 
@@ -77,7 +77,7 @@ def move(slices: dict[int, float]) -> Damage:
 def tilt_gantry(folder: Path) -> None:
     """Each slice 1 mm further back than the one below: even along z, sheared in plane."""
     for index, path in enumerate(images(folder)):
-        edit(path, lambda d, i=index: d.ImagePositionPatient.__setitem__(1, d.ImagePositionPatient[1] + i))  # type: ignore[misc]
+        edit(path, lambda d, i=index: d.ImagePositionPatient.__setitem__(1, d.ImagePositionPatient[1] + i))
 
 
 def brighten(dataset: Dataset) -> None:

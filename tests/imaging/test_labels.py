@@ -51,7 +51,7 @@ def test_class_order_is_the_plans_and_unbound_segments_are_background(folder: Pa
 
 def test_segments_of_one_code_are_one_class(folder: Path) -> None:
     def left_and_right(dataset: object) -> None:
-        for segment in dataset.SegmentSequence:  # type: ignore[attr-defined]
+        for segment in dataset.SegmentSequence:
             segment.SegmentedPropertyTypeCodeSequence[0].CodeValue = "12738006"
 
     before = read(folder, CLASSES, {"grey": "Grey matter", "white": "White matter"})
@@ -61,7 +61,7 @@ def test_segments_of_one_code_are_one_class(folder: Path) -> None:
 
 def test_a_label_frame_outside_the_stack_is_refused(folder: Path) -> None:
     def up(dataset: object) -> None:
-        frame = dataset.PerFrameFunctionalGroupsSequence[-1]  # type: ignore[attr-defined]
+        frame = dataset.PerFrameFunctionalGroupsSequence[-1]
         frame.PlanePositionSequence[0].ImagePositionPatient[2] += 100
 
     edit(folder / "0000" / "SEG.dcm", up)

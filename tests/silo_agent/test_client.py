@@ -78,7 +78,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def client_of(aggregator: Aggregator) -> Client:
     client = Client("localhost:1", Credentials(b"roots", b"leaf", b"key"), proxy_option(None, None))
     client.close()
-    client._stub = aggregator  # type: ignore[assignment]
+    client._stub = aggregator
     return client
 
 

@@ -16,7 +16,7 @@ class Script:
     """A client whose polls are answered one by one; then it hangs until the test ends."""
 
     def __init__(self, *answers: pb.Offer | Exception) -> None:
-        self.answers, self.requests, self.over = list(answers), [], threading.Event()  # type: ignore[var-annotated]
+        self.answers, self.requests, self.over = list(answers), [], threading.Event()
 
     def poll(self, request: pb.PollRequest) -> pb.Offer:
         self.requests.append(pb.PollRequest.FromString(request.SerializeToString()))
@@ -34,7 +34,7 @@ def start() -> Iterator[Callable[..., Inbox]]:
     started: list[tuple[Inbox, Script]] = []
 
     def begin(script: Script, attend: Callable[[Any, pb.Offer], None] = lambda client, offer: None) -> Inbox:
-        inbox = Inbox(pb.PollRequest, lambda: script, attend)  # type: ignore[arg-type, return-value]
+        inbox = Inbox(pb.PollRequest, lambda: script, attend)
         started.append((inbox, script))
         inbox.start()
         return inbox
@@ -95,7 +95,7 @@ def test_trouble_is_told_and_over_when_an_answer_comes(start: Callable[..., Inbo
 
 
 def test_failures_wait_longer_and_longer_but_never_over_half_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    inbox = Inbox(pb.PollRequest, Script, lambda client, offer: None)  # type: ignore[arg-type]
+    inbox = Inbox(pb.PollRequest, Script, lambda client, offer: None)
     bounds: list[float] = []
     monkeypatch.setattr("silo_agent.inbox.random.uniform", lambda low, high: bounds.append(high) or 0.0)
     for failures in (1, 2, 5, 9, 40):
@@ -104,7 +104,7 @@ def test_failures_wait_longer_and_longer_but_never_over_half_a_minute(monkeypatc
 
 
 def test_a_pause_ends_when_the_agent_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    inbox = Inbox(pb.PollRequest, Script, lambda client, offer: None)  # type: ignore[arg-type]
+    inbox = Inbox(pb.PollRequest, Script, lambda client, offer: None)
     monkeypatch.setattr("silo_agent.inbox.random.uniform", lambda low, high: 30.0)
     inbox.stop()
     began = time.monotonic()

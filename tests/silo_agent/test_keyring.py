@@ -186,7 +186,7 @@ def test_keys_for_a_roster_that_is_not_approved_are_not_taken(world: World) -> N
 @pytest.mark.parametrize(("fact", "what"), [("roster_digest", "roster"), ("he_digest", "set of HE parameters")])
 def test_keys_for_another_roster_or_other_parameters_are_not_taken(world: World, fact: str, what: str) -> None:
     world.key_epoch()
-    epoch = replace(world.epoch(1), **{fact: b"x" * 32})  # type: ignore[arg-type]
+    epoch = replace(world.epoch(1), **{fact: b"x" * 32})
     body = world.epoch_body(replace(world.epochs[1], epoch=epoch), "charite")
     refused(world, world.told(body, "charite", ctx=world.epoch_ctx(epoch)), MessageError, "made for another run, round or attempt")
     refused(world, world.told(body, "charite"), IntegrityError, f"made key epoch 1 for another {what} than this silo has")

@@ -16,7 +16,7 @@ def decide(facts: Facts, offer: Offered) -> Action:
 
 
 def offered(phase: str, round_: int = 0, attempt: int = 1, **more: object) -> Offered:
-    return Offered(phase, (round_, attempt), ROUNDS, in_cohort=True, **more)  # type: ignore[arg-type]
+    return Offered(phase, (round_, attempt), ROUNDS, in_cohort=True, **more)
 
 
 def test_the_story_of_a_run() -> None:
@@ -66,7 +66,7 @@ def effect(facts: Facts, action: Action, offer: Offered) -> Facts:
         Action.RELEASE: {"released": True},
         Action.CLOSE: {"stance": Stance.CLOSED},
     }
-    return replace(facts, **changes[action])  # type: ignore[arg-type]
+    return replace(facts, **changes[action])
 
 
 def test_only_every_fifth_model_is_measured_and_the_first_and_last() -> None:

@@ -204,7 +204,7 @@ def test_a_report_of_another_model_halts() -> None:
 
 def report(silo: str, ctx: bytes = CTX, key: Ed25519PrivateKey | None = None, **changes: object) -> pb.Signed:
     facts = {"round": 1, "model_mac": b"n" * 32, "bounds_digest": b"o" * 32, "sum_digest": b"s" * 32}
-    return sign("model-report", ctx, pb.ModelReport(**facts | changes), silo, key or KEYS[silo])  # type: ignore[arg-type]
+    return sign("model-report", ctx, pb.ModelReport(**facts | changes), silo, key or KEYS[silo])
 
 
 def restorable(*reports: pb.Signed, num_uploads: int = 3, facts: pb.Round = FACTS) -> pb.ModelReport:

@@ -72,7 +72,7 @@ def test_any_other_input_is_another_stream() -> None:
         {"noise_multiplier": 0.91},
         {"declared_patients": 801},
     ]
-    keys = {round_randomness(replace(WORK, **change), "5eed").key for change in changed}  # type: ignore[arg-type]
+    keys = {round_randomness(replace(WORK, **change), "5eed").key for change in changed}
     keys |= {round_randomness(WORK, "5eed").key, round_randomness(WORK, "5eee").key}
     assert len(keys) == len(changed) + 2
     assert round_randomness(WORK, "5eed") == round_randomness(replace(WORK), "5eed")

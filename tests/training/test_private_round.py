@@ -68,7 +68,7 @@ def test_who_is_drawn_follows_the_rate_not_the_count(work: TrainerWork, monkeypa
     real = trainer.segmentation.poisson_batch
 
     def counted(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
-        images, labels = real(*arguments)  # type: ignore[arg-type]
+        images, labels = real(*arguments)
         seen.append(len(images))
         return images[:0], labels[:0]
 
@@ -137,4 +137,4 @@ def test_refuses_a_hospital_too_small_for_the_rate(work: TrainerWork) -> None:
 )
 def test_refuses_a_malformed_item(work: TrainerWork, change: dict[str, object], told: str) -> None:
     with pytest.raises(MessageError, match=told):
-        handle(replace(work, **change))  # type: ignore[arg-type]
+        handle(replace(work, **change))
