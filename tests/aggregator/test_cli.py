@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aggregator import cli
+from aggregator import cli, run_cli
 from tests.aggregator.test_statements import at
 from tests.support.aggregator import TestAggregator, until
 from tests.support.plans import TINY, tiny
@@ -97,7 +97,7 @@ def test_a_run_from_submission_to_its_end(aggregator: TestAggregator, command: A
     until(lambda: silos[2].did == ["join", "ack", "upload"], silos)
     assert "round 1 of 2 waits for uploads of leuven" in command("run", "show", "tiny-1")[1]
     assert "waits for uploads of leuven" in command("run", "list")[1]
-    table = cli._table(aggregator.store, aggregator.store.run("tiny-1"))
+    table = run_cli._table(aggregator.store, aggregator.store.run("tiny-1"))
     assert [list(column.cells) for column in table.columns][:4] == [
         ["charite", "leuven", "st-marys"], ["joined"] * 3, ["idle"] * 3, ["yes", "", "yes"],
     ]  # fmt: skip

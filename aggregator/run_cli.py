@@ -1,0 +1,244 @@
+"""`aggregator run`: what runs there are and how they stand, and what the coordinator may do to one."""
+
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from aggregator.compare import side_of
+from aggregator.control import spent, standing
+from aggregator.privacy_report import as_html, as_markdown, report_of
+from aggregator.records import RunState
+from aggregator.store import ENDED, Store
+from aggregator.terminal import opened, person, print_rows, when
+from aggregator.views import run_view
+from wardround.canonical import digest_name
+from wardround.cli import Json, command_line, print_comparison, print_facts
+from wardround.errors import SettingsError
+from wardround.pb import federation_pb2 as pb
+
+WATCH_S = 1.0
+Run = Annotated[str, typer.Argument(help="The run's name, e.g. brain-tissue-1.")]
+
+run_app = command_line("Runs: list, show, watch, pause, compare, report, abort.")
+
+
+@run_app.command("list")
+def run_list(context: typer.Context, json_: Json = False) -> None:
+    """Every run, oldest first.
+
+    \b
+    Example:
+      aggregator run list
+    """
+    with opened(context) as found:
+        rows = [_summary(state, found.store) for state in found.store.runs()]
+    print_rows("runs", rows, json_, ("run", "phase", "round", "rounds", "epsilon", "situation"))
+
+
+@run_app.command("show")
+def run_show(context: typer.Context, name: Run, json_: Json = False) -> None:
+    """One run: where it stands, whom it waits for, who refused and why, which attempts failed and why.
+
+    \b
+    Example:
+      aggregator run show brain-tissue-1
+    """
+    with opened(context) as found:
+        print_facts(_details(found.store, name), json_)
+
+
+@run_app.command("watch")
+def run_watch(context: typer.Context, name: Run, json_: Json = False) -> None:
+    """Follow a run until it ends: a live table on a terminal, else a line per change (with --json a JSON object per line).
+
+    \b
+    Example:
+      aggregator run watch brain-tissue-1
+
+    Exit code 0 when it completed, 1 when it failed or was aborted.
+    """
+    with opened(context) as found:
+        phase = _watch_live(found.store, name) if sys.stdout.isatty() and not json_ else _watch_lines(found.store, name, json_)
+    raise typer.Exit(0 if phase == "completed" else 1)
+
+
+@run_app.command("compare")
+def run_compare(
+    context: typer.Context, a: Run, b: Annotated[str, typer.Argument(help="Another run, e.g. brain-tissue-2.")], json_: Json = False
+) -> None:
+    """Two runs side by side: plans, measures, hospitals, cost, and what the comparison does not show. Differences are the second
+    minus the first.
+
+    \b
+    Example:
+      aggregator run compare brain-tissue-1 brain-tissue-2
+
+    Prints Markdown. A researcher's `wardround run compare` prints the same out of MLflow.
+    """
+    with opened(context) as found:
+        first, second = (side_of(run_view(found.store, name)) for name in (a, b))
+    print_comparison(first, second, json_)
+
+
+@run_app.command("report")
+def run_report(context: typer.Context, name: Run, html: Annotated[bool, typer.Option("--html", help="As HTML.")] = False) -> None:
+    """The privacy report of a run: what left the hospitals, who could read it, what it cost, what is not covered.
+
+    \b
+    Example:
+      aggregator run report brain-tissue-1 --html > report.html
+
+    MLflow has the same as artifacts of the run.
+    """
+    with opened(context) as found:
+        report = report_of(run_view(found.store, name))
+    print(as_html(report) if html else as_markdown(report), end="")
+
+
+@run_app.command("abort")
+def run_abort(context: typer.Context, name: Run, json_: Json = False) -> None:
+    """Ask for a run to be ended now. Completed rounds stay; the round under way is given up.
+
+    \b
+    Example:
+      aggregator run abort brain-tissue-1
+    """
+    with opened(context) as found:
+        found.store.request_abort(name, person())
+    print_facts({"run": name, "abort": "requested; the server ends it within seconds"}, json_)
+
+
+@run_app.command("pause")
+def run_pause(
+    context: typer.Context,
+    name: Run,
+    reason: Annotated[str, typer.Argument(help="One sentence, for whoever looks at the run.")],
+    json_: Json = False,
+) -> None:
+    """Open no new round. The one under way ends as usual.
+
+    \b
+    Example:
+      aggregator run pause brain-tissue-1 "leuven moves its scanner until Monday"
+    """
+    if not (told := " ".join(reason.split())):
+        raise SettingsError("the reason is empty: say in one sentence why, for whoever looks at the run")
+    with opened(context) as found:
+        found.store.pause(name, told, person())
+    print_facts({"run": name, "paused": told, "next": f"aggregator run resume {name}"}, json_)
+
+
+@run_app.command("resume")
+def run_resume(context: typer.Context, name: Run, json_: Json = False) -> None:
+    """Open rounds again after a pause.
+
+    \b
+    Example:
+      aggregator run resume brain-tissue-1
+    """
+    with opened(context) as found:
+        found.store.pause(name, "", person())
+    print_facts({"run": name, "paused": "no"}, json_)
+
+
+def _summary(state: RunState, store: Store) -> dict[str, Any]:
+    return {
+        "run": state.id,
+        "phase": state.phase,
+        "round": state.attempt.round if state.attempt else 0,
+        "rounds": state.plan.rounds,
+        "epsilon": spent(state),
+        "situation": standing(state, store),
+    }
+
+
+def _details(store: Store, name: str) -> dict[str, Any]:
+    state = store.run(name)
+    refusals = {silo: pb.Refusal.FromString(signed.body) for silo, signed in state.refusals.items()}
+    rounds = []
+    for total in store.sums(name):
+        means = dict(pb.ModelReport.FromString(next(iter(total.reports.values())).body).means) if total.reports else {}
+        rounds.append(
+            {"round": total.attempt.round, "in_sum": list(total.attempt.u3), "reported": sorted(total.reports), "means": means}
+        )
+    return _summary(state, store) | {
+        "plan_digest": "sha256:" + state.plan.digest.hex(),
+        "submitted_by": state.submitted_by,
+        "submitted": when(state.created_ms),
+        "ended": when(state.ended_ms),
+        "joined": sorted(state.joins),
+        "refused": [f"{silo}: {refusal.reason}" for silo, refusal in refusals.items()],
+        "given_up": [f"round {one.round}, attempt {one.attempt}: {one.reason}" for one in store.abandoned(name)],
+        "completed": rounds,
+        "released": _released(state),
+        "in_mlflow": name not in store.unprojected(),
+        "key_epoch": state.epoch.number if state.epoch else 0,
+        "keys_made_by": state.epoch.maker if state.epoch else "nobody yet",
+        "keys_held_by": sorted(state.epoch.keyed) if state.epoch else [],
+        "notes": _notes(state),
+    }
+
+
+def _released(state: RunState) -> str:
+    """Whether the final model left the silos, and in whose bundle."""
+    if state.bundle is None:
+        return state.plan.release if state.plan.release == "silos-only" else "not yet" if state.phase not in ENDED else "no"
+    return f"{digest_name(pb.Bundle.FromString(state.bundle.body).parameters_digest)}, in the bundle of {state.bundle.silo}"
+
+
+def _notes(state: RunState) -> list[str]:
+    said = [note for signed in state.joins.values() for note in pb.Join.FromString(signed.body).notes]
+    return list(dict.fromkeys(said))
+
+
+def _watch_lines(store: Store, name: str, as_json: bool) -> str:
+    last = ""
+    while True:
+        state = store.run(name)
+        summary = _summary(state, store)
+        if summary["situation"] != last:
+            last = summary["situation"]
+            print_facts(summary, True) if as_json else print(last)
+            sys.stdout.flush()
+        if state.phase in ENDED:
+            return state.phase
+        time.sleep(WATCH_S)
+
+
+def _watch_live(store: Store, name: str) -> str:
+    with Live(console=Console(), refresh_per_second=4) as live:
+        while True:
+            state = store.run(name)
+            live.update(_table(store, state))
+            if state.phase in ENDED:
+                return state.phase
+            time.sleep(WATCH_S)
+
+
+def _table(store: Store, state: RunState) -> Table:
+    """A line per silo: what it says it does, and what it has delivered for the attempt under way."""
+    table = Table(
+        "silo",
+        "stance",
+        "does",
+        "upload",
+        "seal",
+        "report",
+        "seen",
+        title=f"{standing(state, store)}; epsilon {spent(state)}",
+    )
+    known = {silo.name: silo for silo in store.silos()}
+    for silo in sorted(state.active | state.joins.keys()):
+        about = known.get(silo)
+        stance = "joined" if silo in state.joins else "refused" if silo in state.refusals else "asked"
+        upload = state.uploads.get(silo)
+        seen = f"{max(0, store.now_ms() - about.last_seen_ms) // 1000} s ago" if about and about.last_seen_ms else "never"
+        ticks = ("yes" if silo in state.seals else "", "yes" if silo in state.reports else "")
+        done = "" if upload is None else "yes" if upload.finished_ms else upload.state
+        table.add_row(silo, stance, about.activity if about else "", done, *ticks, seen)
+    return table
