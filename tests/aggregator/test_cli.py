@@ -1,10 +1,12 @@
 """The coordinator's commands, in this process, beside a running server where it matters."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from aggregator import cli, run_cli
 from tests.aggregator.test_statements import at
@@ -22,8 +24,8 @@ def command(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> Any:
-    """(exit code, standard output, standard error) of a command."""
+) -> Iterator[Any]:
+    """(exit code, standard output, standard error) of a command, without what the server in this process logs meanwhile."""
     (tmp_path / "aggregator.yaml").write_text(
         "federation: neuro\ndata: data\noperator_key: operator.pub\nhost: localhost\nport: 1\n"
     )
@@ -40,7 +42,8 @@ def command(
         out, err = capsys.readouterr()
         return int(ended.value.code or 0), out, err
 
-    return run_it
+    with structlog.testing.capture_logs():
+        yield run_it
 
 
 def test_plans_are_checked_against_who_is_there(aggregator: TestAggregator, command: Any) -> None:
