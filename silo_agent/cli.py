@@ -29,7 +29,7 @@ from wardround.cli import run as run_command_line
 from wardround.errors import PolicyRefusal, SettingsError, WardroundError
 from wardround.kube import ClusterApi
 from wardround.pb import federation_pb2 as pb
-from wardround.plan import load_plan
+from wardround.plan import load_plan, parse_plan
 from wardround.roster import Member, Roster, changes, parse_roster
 
 if TYPE_CHECKING:
@@ -250,14 +250,19 @@ def status(context: typer.Context, json_: Json = False) -> None:
         "certificate_ends": tls.load_certificate(keys.tls_material()[1]).not_valid_after_utc.isoformat(timespec="minutes"),
         "aggregator_audit_head": head["seq"] if head else 0,
     } | ({"paused": paused} if paused else {})
-    runs = [{key: row[key] for key in ("run", "stance", "reason", "model_round")} | _key_epoch(state, row) for row in state.runs()]
+    runs = [
+        {key: row[key] for key in ("run", "stance", "reason", "model_round")}
+        | {"rehearsal": row["code"] is None and parse_plan(row["plan"]).rehearse}
+        | _key_epoch(state, row)
+        for row in state.runs()
+    ]
     if json_:
         since = None if activity is None else activity["since_ms"]
         print_facts(facts | {"activity_since_ms": since, "runs": runs}, True)
         return
     lines = [
-        f"{row['run']}: {row['stance']}, model of round {row['model_round']}, key epoch {row['key_epoch']}"
-        + (f"; {row['reason']}" if row["reason"] else "")
+        f"{row['run']}: {'rehearsal, ' if row['rehearsal'] else ''}{row['stance']}, "
+        f"model of round {row['model_round']}, key epoch {row['key_epoch']}" + (f"; {row['reason']}" if row["reason"] else "")
         for row in runs
     ]
     print_facts(facts | {"runs": lines or ["none"]}, False)

@@ -65,11 +65,11 @@ def round_event(plan: Plan) -> Event | None:
 
 def epsilon_after(plan: Plan, round_: int) -> float | None:
     """What a run has cost each patient once `round_` is over, at the plan's delta: reported, see above. The closing round costs
-    nothing. None without privacy: there is no bound."""
+    nothing, nor does a rehearsal. None without privacy: there is no bound."""
     event = round_event(plan)
     if event is None or plan.privacy is None:
         return None
-    rounds = min(round_, plan.rounds)
+    rounds = 0 if plan.rehearse else min(round_, plan.rounds)
     return _epsilon_of(event, rounds, plan.privacy.delta) if rounds > 0 else 0.0
 
 

@@ -4,6 +4,7 @@ Unknown keys are refused. Combinations that cannot keep their promise are not co
 door, and every later stage takes a Plan.
 """
 
+import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from wardround.training import ALGORITHMS, Server, Training, check_together
 
 MAX_PLAN_BYTES = 64 * 1024
 UNBOUNDED = "without privacy: nothing bounds what the model tells about one patient"
+REHEARSAL = "rehearsal: one round on drawn tensors; no dataset is opened, no patient charged, no model released"
 UNMASKED = "one hospital together with the aggregator could read every update; masks come next"
 
 
@@ -244,6 +246,9 @@ class Plan(Part):
     validate_every: Count = 1
     """Every how many rounds the global model is measured on the validation patients; the initial and the last one always are."""
     release: Literal["registry", "silos-only"]
+    rehearse: bool = False
+    """One round on drawn tensors of these shapes, then the end: no dataset, no charge, no model. The digest covers it, so that
+    every silo keeps to that by itself (docs/adr/0060)."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -278,11 +283,22 @@ class Plan(Part):
     @property
     def caveats(self) -> tuple[str, ...]:
         """What everyone who looks at a run of this plan must be told, whatever else is said of it."""
+        if self.rehearse:
+            return (REHEARSAL,)
         return (UNMASKED,) if self.privacy else (UNMASKED, UNBOUNDED)
 
+    @property
+    def charged(self) -> bool:
+        """Whether the ledgers of hospitals know its rounds."""
+        return self.privacy is not None and not self.rehearse
+
+    def rehearsed(self) -> "Plan":
+        """The rehearsal of this plan: the same but for its digest and what that stands for."""
+        return self.model_copy(update={"rehearse": True})
+
     def canonical(self) -> bytes:
-        """The bytes that travel and that the digest covers."""
-        return canonical_json(self.model_dump(mode="json"))
+        """The bytes that travel and that the digest covers. Only a rehearsal says whether it is one."""
+        return canonical_json(self.model_dump(mode="json", exclude=None if self.rehearse else {"rehearse"}))
 
 
 class _Loader(yaml.SafeLoader):
@@ -327,7 +343,7 @@ def flattened(plan: Plan) -> dict[str, str]:
         else:
             yield prefix, value if isinstance(value, str) else canonical_json(value).decode()
 
-    return dict(flat("", plan.model_dump(mode="json")))
+    return dict(flat("", json.loads(plan.canonical())))
 
 
 def explain(error: ValidationError) -> str:
