@@ -6,6 +6,8 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,6 +16,7 @@ from silo_agent.algorithms.at_home import Home
 from silo_agent.algorithms.fedavg import Round
 from silo_agent.budget import Budget
 from silo_agent.config import Settings
+from silo_agent.custody.hours import in_words
 from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.policy import Policy, judge
 from silo_agent.custody.spool import Spool
@@ -23,7 +26,7 @@ from silo_agent.inbox import Inbox
 from silo_agent.keyring import Keyring
 from silo_agent.launch import Helper
 from silo_agent.membership import Membership
-from silo_agent.round import Action, Attempt, Offered, Row, Stance, next_row
+from silo_agent.round import Action, Attempt, Facts, Offered, Row, Stance, next_row
 from silo_agent.run import Run, exponents_of
 from silo_agent.secure_sum.check import checked_sum, control_chunk, upload_coefficients
 from silo_agent.secure_sum.checkpoint import Reported, read_checkpoint
@@ -47,6 +50,10 @@ REPORTED = (Action.TRAIN, Action.ENCODE, Action.UPLOAD, Action.APPLY, Action.EVA
 MAX_REASON_CHARS = 500  # of a Refusal; the aggregator takes one line of at most that
 SUM_REFUSED = "the published sum failed the check; the agent's log says how"
 SEEDED_NOTE = "randomness came from a seed: reproducible, not private"
+
+
+def wall_clock() -> datetime:
+    return datetime.now(UTC)
 
 
 class Superseded(Exception):
@@ -88,7 +95,7 @@ class Agent:
             self.inbox.changed.clear()
             offer, doing = self.inbox.offer, "decide"
             try:
-                row = next_row(self.state.facts(offer.run), self._offered(offer))
+                row = next_row(self._facts(offer.run), self._offered(offer))
                 doing = row.action.value
                 if isinstance(self.inbox.trouble, IntegrityError):
                     self._wait(row, offer)  # its chain was cut: not even the offer at hand is served
@@ -134,6 +141,10 @@ class Agent:
         trouble, paused = self.inbox.trouble, self.state.paused()
         if trouble is None and paused:
             self._be("paused", paused)
+        elif trouble is None and row.name == "approval":
+            self._be("approval", f"waits for IT: silo-agent plan approve {offer.run}")
+        elif trouble is None and row.name == "hours" and (opens := self.policy.opens(wall_clock())) is not None:
+            self._be("hours", f"begin {in_words(opens)}: then the round trains here")
         elif trouble is None:
             self._be("waiting", offer.message or row.name)
         else:
@@ -158,6 +169,9 @@ class Agent:
             self._activity = f"{word} {detail}"
             with suppress(StorageError):
                 self.state.set_activity(word, detail)
+
+    def _facts(self, run: str) -> Facts:
+        return replace(self.state.facts(run), off_hours=self.policy.opens(wall_clock()) is not None)
 
     def _offered(self, offer: pb.Offer) -> Offered:
         row = self.state.run(offer.run)
@@ -201,7 +215,7 @@ class Agent:
             self.budget.reserve(offer.run, parsed, binding.declared_patients)
         except WardroundError as error:
             code, reason = error.code, _one_line(error)
-        self.state.judged(offer.run, plan, plan_digest, code, reason, rehearse)
+        self.state.judged(offer.run, plan, plan_digest, code, reason, rehearse, self.policy.approval == "manual")
         log.info("plan judged", run=offer.run, accepted=code is None, reason=reason)
 
     def _refuse(self, offer: pb.Offer) -> None:
@@ -221,7 +235,6 @@ class Agent:
         except WardroundError as error:
             if error.retryable or type(error) is WardroundError:
                 raise
-            self.budget.release(run.id)
             self.state.refuse(run.id, error.code, _one_line(error))
             return
         self.state.snapshot_made(run.id, result.snapshot, result.patients)

@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import tempfile
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from silo_agent.client import Credentials
 from silo_agent.config import Settings, load_settings
 from silo_agent.custody.door import Door, new_secret
 from silo_agent.custody.enrollment import enroll_request, read_enrollment
+from silo_agent.custody.hours import in_words
 from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.policy import judge, load_policy
 from silo_agent.custody.roster import approve
@@ -21,6 +23,7 @@ from silo_agent.custody.state import State
 from silo_agent.ledger_cli import ledger_app
 from silo_agent.membership import connect, stand_by
 from silo_agent.model_cli import model_app
+from silo_agent.plan_cli import plan_app
 from silo_agent.preflight import Finding, look_home, look_out
 from wardround import tls
 from wardround.canonical import digest_name
@@ -46,6 +49,7 @@ for name, group in (
     ("roster", roster_app),
     ("ledger", ledger_app),
     ("model", model_app),
+    ("plan", plan_app),
 ):
     app.add_typer(group, name=name)
 
@@ -250,9 +254,17 @@ def status(context: typer.Context, json_: Json = False) -> None:
         "certificate_ends": tls.load_certificate(keys.tls_material()[1]).not_valid_after_utc.isoformat(timespec="minutes"),
         "aggregator_audit_head": head["seq"] if head else 0,
     } | ({"paused": paused} if paused else {})
+    try:
+        if (opens := load_policy(settings.policy).opens(datetime.now(UTC))) is not None:
+            facts["hours"] = f"no training begins before {in_words(opens)}"
+    except SettingsError as error:
+        facts["policy"] = f"the agent will not start again: {error}"
     runs = [
         {key: row[key] for key in ("run", "stance", "reason", "model_round")}
-        | {"rehearsal": row["code"] is None and parse_plan(row["plan"]).rehearse}
+        | {
+            "rehearsal": row["code"] is None and parse_plan(row["plan"]).rehearse,
+            "waits_for_approval": row["stance"] == "accepted" and state.approval_due(row["run"]),
+        }
         | _key_epoch(state, row)
         for row in state.runs()
     ]
@@ -260,12 +272,15 @@ def status(context: typer.Context, json_: Json = False) -> None:
         since = None if activity is None else activity["since_ms"]
         print_facts(facts | {"activity_since_ms": since, "runs": runs}, True)
         return
-    lines = [
-        f"{row['run']}: {'rehearsal, ' if row['rehearsal'] else ''}{row['stance']}, "
-        f"model of round {row['model_round']}, key epoch {row['key_epoch']}" + (f"; {row['reason']}" if row["reason"] else "")
-        for row in runs
-    ]
-    print_facts(facts | {"runs": lines or ["none"]}, False)
+    print_facts(facts | {"runs": [_run_line(row) for row in runs] or ["none"]}, False)
+
+
+def _run_line(row: dict[str, Any]) -> str:
+    waits = (
+        f"waits for approval: silo-agent plan show {row['run']}, then plan approve or reject" if row["waits_for_approval"] else ""
+    )
+    standing = f"{row['stance']}, model of round {row['model_round']}, key epoch {row['key_epoch']}"
+    return f"{row['run']}: " + "; ".join(part for part in ("rehearsal" * row["rehearsal"], standing, row["reason"], waits) if part)
 
 
 @app.command()
@@ -352,14 +367,25 @@ def policy_check(
     """
     settings, parsed = _settings(context), load_plan(plan)
     settings.dataset(parsed.dataset).check_classes(parsed.dataset, parsed.classes)
+    policy = load_policy(settings.policy)
     try:
-        judge(load_policy(settings.policy), parsed)
+        judge(policy, parsed)
     except PolicyRefusal as refusal:
         if not json_:
             raise
         print_facts({"plan": parsed.name, "accepted": False, "reason": str(refusal)}, True)
         raise typer.Exit(refusal.exit_code) from None
-    print_facts({"plan": parsed.name, "digest": digest_name(parsed.digest), "accepted": True}, json_)
+    facts: dict[str, Any] = {
+        "plan": parsed.name,
+        "digest": digest_name(parsed.digest),
+        "accepted": True,
+        "approval": policy.approval,
+    }
+    if policy.approval == "manual":
+        facts["approval"] = "manual: each run of it waits here until `silo-agent plan approve RUN`"
+    if policy.hours:
+        facts["hours"] = f"a round's training begins {policy.hours} ({policy.time_zone}) on {', '.join(policy.days)}"
+    print_facts(facts, json_)
 
 
 @roster_app.command("show")
