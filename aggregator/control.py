@@ -106,7 +106,7 @@ def run_row(state: RunState, store: Store) -> dict[str, Any]:
         "rounds": 1 if state.plan.rehearse else state.plan.rounds,
         "joined": sorted(state.joins),
         "waiting_for": [] if state.phase in ENDED else sorted(facts.waiting_for),
-        "refused": [f"{silo}: {reason}" for silo, reason in sorted(refusals.items())],
+        "refused": [*(f"{silo}: {reason}" for silo, reason in sorted(refusals.items())), *state.left.values()],
         "situation": standing(state, store),
         "plan_digest": "sha256:" + state.plan.digest.hex(),
     }

@@ -218,7 +218,8 @@ def facts_of(state: RunState, now_ms: int) -> Facts:
         refused=frozenset(state.refusals) & state.active,
         abort_requested=state.abort_requested,
         paused=bool(state.paused),
-        halted=frozenset(state.halts),
+        halted=frozenset(state.halts.keys() - state.left.keys()),
+        left=frozenset(state.left),
         epoch_due=cohort.epoch_due(state),
         epoch_cohort=frozenset(epoch.cohort) if epoch else frozenset(),
         keyed=epoch.keyed if epoch else frozenset(),
@@ -246,7 +247,7 @@ def situation(state: RunState, now_ms: int) -> str:
     if state.phase not in ("pending", "running"):
         return f"{state.id} has {state.phase}" + (f": {state.reason}" if state.reason else "")
     facts = facts_of(state, now_ms)
-    told = _moving(state, facts)
+    told = "; ".join([_moving(state, facts), *state.left.values()])
     if not state.paused:
         return told
     return f"paused: {state.paused}" + ("" if facts.between else f"; before that, {told}")
@@ -291,22 +292,28 @@ def _names(silos: Iterable[str]) -> str:
 def _why_abandoned(row: Row, state: RunState, now_ms: int) -> str:
     attempt, facts = _attempt(state), facts_of(state, now_ms)
     if row.name == "removed":
-        return f"{_names(set(attempt.u3) - state.active)} was removed from the federation after its upload was sealed"
+        gone = sorted(set(attempt.u3) - state.active)
+        told = (state.left.get(silo, f"{silo} was removed from the federation") for silo in gone)
+        return f"{'; '.join(told)}, after its upload was sealed"
     missing, kind = (facts.cohort - facts.uploaded, "upload") if row.name == "too few" else (facts.u3 - facts.sealed, "seal")
     gone = missing - state.active
     parts = [f"no {kind} of {_names(missing - gone)} by the deadline"] if missing - gone else []
-    parts += [f"{_names(gone)} removed"] if gone else []
+    parts += [f"{_names(gone - state.left.keys())} removed"] if gone - state.left.keys() else []
+    parts += [state.left[silo] for silo in sorted(gone & state.left.keys())]
     return "; ".join(parts or ["too few silos are left"]) + f"; the plan demands {facts.min_silos} silos"
 
 
 def _why_failed(row: Row, state: RunState) -> str:
     if row.name == "halted":
-        silo, signed = next(iter(sorted(state.halts.items())))
+        silo, signed = next((silo, signed) for silo, signed in sorted(state.halts.items()) if silo not in state.left)
         halt = pb.Halt.FromString(signed.body)
         return f"{silo} halted the run in round {halt.round}: {halt.reason}. It has destroyed the keys of the key epoch"
     if row.name == "refused":
         reasons = {silo: pb.Refusal.FromString(signed.body).reason for silo, signed in state.refusals.items()}
         told = "; ".join(f"{silo} refused: {reason}" for silo, reason in sorted(reasons.items()))
+        return f"too few silos are left, the plan demands {state.plan.aggregation.min_silos}: {told}"
+    if row.name == "too few stay":
+        told = "; ".join(state.left.values())
         return f"too few silos are left, the plan demands {state.plan.aggregation.min_silos}: {told}"
     if row.name == "joins differ":
         groups = _groups({silo: cohort.join_agreement(join) for silo, join in cohort.joins_of(state).items()})

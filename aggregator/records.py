@@ -144,8 +144,15 @@ class RunState:
         return self.rosters[max(self.rosters)]
 
     @property
+    def left(self) -> dict[str, str]:
+        """Silos that ended their part in it -> when and why, in words."""
+        said = {silo: pb.Halt.FromString(signed.body) for silo, signed in sorted(self.halts.items())}
+        return {silo: f"{silo} left in round {halt.round}: {halt.reason}" for silo, halt in said.items() if halt.leaves}
+
+    @property
     def active(self) -> frozenset[str]:
-        return frozenset(self.roster.active()) - self.revoked
+        """Whom the run may still count on."""
+        return frozenset(self.roster.active()) - self.revoked - self.left.keys()
 
 
 @dataclass(frozen=True)

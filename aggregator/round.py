@@ -61,6 +61,7 @@ class Facts:
     paused: bool = False  # the round under way ends as usual, none opens after it
     deadline_passed: bool = False  # of the run's start while pending, of the key epoch between rounds, else of the attempt's phase
     halted: frozenset[str] = frozenset()  # whose check a sum failed
+    left: frozenset[str] = frozenset()  # who ended its part alone; not among the active
     epoch_due: bool = True  # the next attempt needs a new key epoch: none yet, another roster, or too many rounds
     epoch_cohort: frozenset[str] = frozenset()  # who was to acknowledge the newest key epoch when it was opened
     keyed: frozenset[str] = frozenset()  # who holds its keys
@@ -122,6 +123,10 @@ def _settled(waiting_for_none: bool, silos: int, facts: Facts) -> bool:
     return _enough(silos, facts) and (waiting_for_none or facts.deadline_passed)
 
 
+def _too_few_stay(facts: Facts) -> bool:
+    return bool(facts.left) and not _enough(len(facts.active & facts.joined.keys()), facts)
+
+
 # The first row that holds is what happens next.
 TABLE: tuple[Row, ...] = (
     Row("over", lambda f: f.run not in (RunPhase.PENDING, RunPhase.RUNNING), Action.WAIT),
@@ -131,6 +136,7 @@ TABLE: tuple[Row, ...] = (
     Row("start", lambda f: _pending(f) and _settled(not f.waiting_for, len(f.active & f.joined.keys()), f), Action.START),
     Row("joining", lambda f: _pending(f), Action.WAIT),
     Row("halted", lambda f: bool(f.halted), Action.FAIL),
+    Row("too few stay", lambda f: (f.phase is Phase.OPEN or f.between) and _too_few_stay(f), Action.FAIL),
     Row("removed", lambda f: f.phase is Phase.SEALED and not f.u3 <= f.active, Action.ABANDON),
     Row("seal", lambda f: f.phase is Phase.OPEN and _settled(not f.waiting_for, len(f.uploaded & f.active), f), Action.SEAL),
     Row("too few", lambda f: f.phase is Phase.OPEN and f.deadline_passed, Action.ABANDON),

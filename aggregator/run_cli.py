@@ -210,6 +210,7 @@ def _details(store: Store, name: str) -> dict[str, Any]:
         "ended": when(state.ended_ms),
         "joined": sorted(state.joins),
         "refused": [f"{silo}: {refusal.reason}" for silo, refusal in refusals.items()],
+        "left": list(state.left.values()),
         "given_up": [f"round {one.round}, attempt {one.attempt}: {one.reason}" for one in store.abandoned(name)],
         "completed": rounds,
         "released": _released(state),
@@ -296,7 +297,9 @@ def _table(store: Store, state: RunState) -> Table:
     known = {silo.name: silo for silo in store.silos()}
     for silo in sorted(state.active | state.joins.keys()):
         about = known.get(silo)
-        stance = "joined" if silo in state.joins else "refused" if silo in state.refusals else "asked"
+        stance = (
+            "left" if silo in state.left else "joined" if silo in state.joins else "refused" if silo in state.refusals else "asked"
+        )
         upload = state.uploads.get(silo)
         seen = f"{max(0, store.now_ms() - about.last_seen_ms) // 1000} s ago" if about and about.last_seen_ms else "never"
         ticks = ("yes" if silo in state.seals else "", "yes" if silo in state.reports else "")

@@ -320,8 +320,13 @@ class Agent:
         try:
             self._budgeted(run, offer.facts.round)
         except PolicyRefusal as refusal:
-            self.keyring.halt(run, offer.facts, _one_line(refusal))
-            log.error("no budget, keys destroyed", run=run.id, round=offer.facts.round, reason=str(refusal))
+            self.keyring.halt(run, offer.facts, _one_line(refusal), leaves=True)
+            log.error(
+                "no budget, keys destroyed, the run goes on without this hospital or not at all",
+                run=run.id,
+                round=offer.facts.round,
+                reason=str(refusal),
+            )
             return
         if self.seed is None:
             key = os.urandom(32)

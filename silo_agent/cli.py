@@ -451,7 +451,9 @@ def _key_epoch(state: State, run: sqlite3.Row) -> dict[str, Any]:
     epoch = state.epoch(run["run"])
     halt = None if run["halt"] is None else pb.Halt.FromString(pb.Signed.FromString(run["halt"]).body)
     facts = {"key_epoch": 0 if epoch is None else epoch["number"]}
-    return facts if halt is None else facts | {"reason": f"halted in round {halt.round}: {halt.reason}"}
+    return (
+        facts if halt is None else facts | {"reason": f"{'left' if halt.leaves else 'halted'} in round {halt.round}: {halt.reason}"}
+    )
 
 
 def _received(state: State) -> list[Roster]:

@@ -119,10 +119,10 @@ class Keyring:
         row = self._held(run, number)
         return KeyEpoch(number, row["commitment"], row["roster_digest"], row["first_round"])
 
-    def halt(self, run: Run, facts: pb.Round, reason: str) -> None:
+    def halt(self, run: Run, facts: pb.Round, reason: str, leaves: bool = False) -> None:
         """Destroy the keys: one question more about a sum that failed would tell the aggregator about the key. So would the numbers
         that did not fit, which come out of whatever it published: `reason` names none."""
-        body = pb.Halt(run=run.id, round=facts.round, attempt=facts.attempt, reason=reason)
+        body = pb.Halt(run=run.id, round=facts.round, attempt=facts.attempt, reason=reason, leaves=leaves)
         signed = sign("halt", run_ctx(self._membership.federation, run.id, run.plan.digest), body, *self._signer)
         self._state.halt(run.id, signed.SerializeToString(), reason)
 

@@ -74,7 +74,7 @@ class Statements:
         if signed.silo not in state.joins or halt.run != state.id:
             raise MessageError(f"{signed.silo} halts a run that it has not joined")
         _check_texts([halt.reason])
-        facts = {"at": [halt.round, halt.attempt], "reason": halt.reason}
+        facts = {"at": [halt.round, halt.attempt], "reason": halt.reason} | ({"leaves": True} if halt.leaves else {})
         return self._store.said(signed, (state.id, 0, 0), facts, state.seq)
 
     # --- of a key epoch --------------------------------------------------------------------------------------------------------

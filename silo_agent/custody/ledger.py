@@ -170,7 +170,7 @@ class Ledger:
     def share(self, events: Counter[Event]) -> float:
         """The part of the cap that events take: 1 is all of it. Shares add up, unlike epsilons."""
         budget, cost = rdp_budget(self.epsilon_cap, self.delta, self.order), rdp_cost(events, self.order)
-        return cost / budget if budget > 0 else math.inf
+        return cost / budget if budget > 0 else math.inf if cost else 0.0  # a lowered cap may be below what the order can tell
 
     def check(self, run: str, event: Event, rounds: int) -> None:
         """Raises PolicyRefusal unless so many events fit beside all that is spent and reserved. Writes nothing: `plan check`."""

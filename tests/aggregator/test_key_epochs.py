@@ -17,6 +17,7 @@ from wardround.errors import ConflictError, IdentityError, IntegrityError, Messa
 from wardround.layout import checkpoint_bytes, layout_of
 from wardround.messages import run_ctx, sign
 from wardround.pb import federation_pb2 as pb
+from wardround.plan import Plan
 from wardround.roster import Roster, propose, sign_roster
 
 
@@ -190,6 +191,50 @@ def test_a_sum_that_failed_a_silos_check_ends_the_run(aggregator: TestAggregator
         "charite halted the run in round 1: the sum fails its linear check. It has destroyed the keys"
     )
     until(lambda: all(silo.closed == "FAILED" for silo in silos), silos)
+
+
+def leave(silo: FakeSilo, run: str, plan: Plan, round_: int = 1) -> None:
+    body = pb.Halt(run=run, round=round_, attempt=1, reason="policy epsilon_cap 1 is reached", leaves=True)
+    silo.post(silo.sign("halt", run_ctx("neuro", run, plan.digest), body))
+
+
+def test_a_silo_that_leaves_makes_nobody_wait(aggregator: TestAggregator, silos: list[FakeSilo]) -> None:
+    """The round under way is sealed with the others at once, not at its deadline; and every later one."""
+    plan = tiny({"min_silos": 2})
+    run = aggregator.submit(plan)
+    silos[2].uploads = False
+    at("open", aggregator, silos)
+    until(lambda: len(aggregator.store.run(run).uploads) == 2, silos)
+    assert "waits for uploads of st-marys" in situation(aggregator.store.run(run), 0)
+    leave(silos[2], run, plan)
+    until(lambda: aggregator.store.run(run).phase == "completed", silos)
+    assert {total.attempt.u3 for total in aggregator.store.sums(run)} == {("charite", "leuven")}
+    assert aggregator.store.abandoned(run) == []
+    assert list(aggregator.store.run(run).left.values()) == ["st-marys left in round 1: policy epsilon_cap 1 is reached"]
+
+
+def test_too_few_that_stay_end_the_run_with_the_reason(aggregator: TestAggregator, silos: list[FakeSilo]) -> None:
+    run = aggregator.submit(tiny())
+    silos[2].uploads = False
+    at("open", aggregator, silos)
+    leave(silos[2], run, tiny())
+    until(lambda: aggregator.store.run(run).phase == "failed")
+    assert aggregator.store.run(run).reason == (
+        "too few silos are left, the plan demands 3: st-marys left in round 1: policy epsilon_cap 1 is reached"
+    )
+
+
+def test_who_leaves_after_its_upload_was_sealed_is_not_summed(aggregator: TestAggregator, silos: list[FakeSilo]) -> None:
+    """No honest silo does; the attempt is made again with those who stay."""
+    plan = tiny({"min_silos": 2}, rounds=1)
+    run = aggregator.submit(plan)
+    silos[2].seals = False
+    at("sealed", aggregator, silos)
+    leave(silos[2], run, plan)
+    until(lambda: aggregator.store.run(run).phase == "completed", silos)
+    assert {total.attempt.u3 for total in aggregator.store.sums(run)} == {("charite", "leuven")}
+    (given_up,) = aggregator.store.abandoned(run)
+    assert given_up.reason == "st-marys left in round 1: policy epsilon_cap 1 is reached, after its upload was sealed"
 
 
 def test_more_joins_than_the_packing_has_headroom_for(aggregator: TestAggregator, silos: list[FakeSilo]) -> None:

@@ -157,6 +157,9 @@ def test_what_an_awaited_hospital_says_of_itself_is_in_the_message(aggregator: T
     aggregator.store.seen("charite", "0.1.0", "snapshot tiny-1", 1, 0)
     status = cluster.status("tiny")
     assert status["message"] == "tiny-1 waits until charite, leuven, st-marys join; leuven: queued its image cannot be pulled"
+    for said in ("approval waits for IT: silo-agent plan approve tiny-1", "hours begin Mon 30 Nov 22:00 (Europe/Brussels)"):
+        aggregator.store.seen("leuven", "0.1.0", said, 1, 0)
+        assert cluster.status("tiny")["message"].endswith(f"; leuven: {said}")
 
 
 def test_runs_of_the_command_line_are_left_alone(aggregator: TestAggregator, cluster: Cluster) -> None:

@@ -29,6 +29,7 @@ def every_facts() -> Iterator[Facts]:
         yield replace(facts, epoch_due=False, keyed=ALL, reports=answers(ALL, False), releasing=frozenset({A}))
         for due, epoch_cohort, keyed, paused in product(flags, SETS[1:], SETS, flags):
             yield replace(facts, epoch_due=due, epoch_cohort=epoch_cohort, keyed=keyed, paused=paused)
+        yield replace(facts, active=active - {A}, left=frozenset({A}), epoch_due=False, keyed=ALL, u3=ALL - {A}, folded=True)
         if phase and round_ == 1:
             yield replace(facts, epoch_due=False, keyed=ALL, u3=ALL, rehearse=True)
         for uploaded, u3, sealed, folded, reported, differ in product(SETS, SETS[1:], SETS, flags, SETS, flags):
@@ -53,6 +54,7 @@ LEGAL = {
         or len(set(f.joined.values())) > 1
         or len(set(f.reports.values())) > 1
         or len(f.active - f.refused) < f.min_silos
+        or (bool(f.left) and len(f.active & f.joined.keys()) < f.min_silos)
     ),
     Action.ABORT: lambda f: f.abort_requested,
 }

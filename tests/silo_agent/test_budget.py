@@ -95,14 +95,14 @@ def test_a_hospital_too_small_for_the_sample_rate_is_told(tmp_path: Path) -> Non
     world.state.close()
 
 
-def test_the_cap_reached_in_the_middle_ends_the_run_and_says_so(world: World) -> None:
+def test_the_cap_reached_in_the_middle_ends_this_hospitals_part_and_says_so(world: World) -> None:
     """Another federation's officer entered what it cost meanwhile."""
     world.joined()
     with world.state.ledger() as ledger:
         ledger.enter(Event(0.5, 0.5, 100), 1, 0)
     world.steps(world.open(), "evaluate", "open event", "halt")
     halt = world.last(pb.Halt, run_ctx("neuro", RUN, PRIVATE.digest))
-    assert halt.reason.startswith("policy epsilon_cap 10 is reached: round 1 of run tiny-1 would be over it")
+    assert halt.leaves and halt.reason.startswith("policy epsilon_cap 10 is reached: round 1 of run tiny-1 would be over it")
     assert trained(world) == [] and kinds(world)[-1] == "released"
 
 

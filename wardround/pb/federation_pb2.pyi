@@ -131,16 +131,18 @@ class EpochAck(_message.Message):
     def __init__(self, number: _Optional[int] = ..., commitment: _Optional[bytes] = ...) -> None: ...
 
 class Halt(_message.Message):
-    __slots__ = ("run", "round", "attempt", "reason")
+    __slots__ = ("run", "round", "attempt", "reason", "leaves")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    LEAVES_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     attempt: int
     reason: str
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    leaves: bool
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ..., leaves: _Optional[bool] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
     __slots__ = ("run", "round", "attempt", "silo", "content_digest", "num_chunks", "content_bytes", "declared_patients", "cap", "u2_digest", "ledger_head")
