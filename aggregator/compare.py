@@ -21,7 +21,7 @@ def side_of(view: RunView) -> Side:
         curve=curve,
         own=own,
         rounds=len(view.rounds),
-        epsilon=epsilon_after(view.plan, len(view.rounds)),
+        epsilon=epsilon_after(view.plan, len(view.rounds), view.last_round),
         upload_bytes=sum(r.upload_bytes for r in view.rounds),
         download_bytes=sum(r.download_bytes for r in view.rounds),
         seconds=sum(r.seconds.get("round", 0.0) for r in view.rounds),
