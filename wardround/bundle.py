@@ -25,6 +25,11 @@ NOT_FOR = (
     "Not a proof of anybody's privacy beyond the sentence under Privacy.",
 )
 LIBRARIES = ("monai", "numpy", "torch")
+IMPORTS = (
+    "import glob", "import os", "import re", "import sys", "import torch", "from monai.data import MetaTensor",
+    "from monai.data import PydicomReader", "from pydicom import dcmread", "from pydicom.misc import is_dicom",
+    "from safetensors.torch import load_file",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,10 +109,14 @@ def inference(plan: Plan) -> dict[str, Any]:
     What ingest did before training is done here by MONAI's readers and transforms (silo_agent/imaging/transforms.py): axes
     from foot to head, front to back, right to left, the plan's spacing, the plan's transforms. The network is filled from
     the signed arrays.
+
+    FOLDER may hold a whole study: its one image series of the plan's modality is read. None or several end the program with one
+    sentence (`sys.exit`: MONAI wraps any other exception in a traceback of its own). MONAI's LoadImage is left out because it makes
+    every reader it knows and warns of those that cannot be.
     """
     device = "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')"
     return {
-        "imports": ["$import torch", "$from safetensors.torch import load_file"],
+        "imports": [f"${line}" for line in IMPORTS],
         "bundle_root": ".",
         "study": "study",
         "out": "prediction",
@@ -115,10 +124,11 @@ def inference(plan: Plan) -> dict[str, Any]:
         "network_def": network_def(plan),
         "parameters": "$load_file(@bundle_root + '/models/model.safetensors')",
         "network": "$(@network_def.load_state_dict(@parameters), @network_def.to(@device).eval().requires_grad_(False))[1]",
+        **_image_series(plan),
         "preprocessing": {
             "_target_": "Compose",
             "transforms": [
-                {"_target_": "LoadImage", "reader": "PydicomReader", "ensure_channel_first": True, "image_only": True},
+                {"_target_": "Lambda", "func": "@load_series"},
                 {"_target_": "Orientation", "axcodes": "SPL", "labels": [["L", "R"], ["P", "A"], ["I", "S"]]},
                 {"_target_": "Spacing", "pixdim": list(plan.data.spacing_mm), "mode": "bilinear", "padding_mode": "border"},
                 *({"_target_": one.name, **one.arguments} for one in plan.data.transforms),
@@ -128,8 +138,31 @@ def inference(plan: Plan) -> dict[str, Any]:
         "image": "$@preprocessing(@study)",
         "logits": "$@inferer(@image[None].to(@device), @network)",
         "classes": "$@logits.argmax(1).to(torch.uint8).cpu()",
-        "writer": {"_target_": "SaveImage", "output_dir": "@out", "output_postfix": "classes", "separate_folder": False},
+        "writer": {
+            "_target_": "SaveImage",
+            "output_dir": "@out",
+            "output_postfix": "classes",
+            "separate_folder": False,
+        },
         "run": ["$@writer(@classes)"],
+    }
+
+
+def _image_series(plan: Plan) -> dict[str, Any]:
+    """`load_series`: a folder to its one image series. MONAI's reader takes a folder for one series, whatever lies in it."""
+    modality = plan.data.modality
+    return {
+        "headers": "$lambda folder: [(file, dcmread(file, stop_before_pixels=True)) "
+        "for file in sorted(glob.glob(os.path.join(folder, '*'))) if os.path.isfile(file) and is_dicom(file)]",
+        "image_series": "$lambda folder: [(head.get('SeriesInstanceUID'), file) for file, head in @headers(folder) "
+        f"if head.get('Modality') == '{modality}']",
+        "only_series": "$lambda folder, found, count: '|'.join(re.escape(file) + '$' for _, file in found) if count == 1 else "
+        f"sys.exit(f'{{folder}} holds {{count}} {modality} image series, expected 1: name the folder of one study or series')",
+        "series_reader": "$lambda folder, found: PydicomReader(fname_regex=@only_series(folder, found, len(dict(found))))",
+        "as_image": "$lambda folder, values, meta: MetaTensor(values[None].astype(np.float32), "
+        "meta={**meta, 'filename_or_obj': folder})",
+        "read": "$lambda folder, reader: @as_image(folder, *reader.get_data(reader.read(folder)))",
+        "load_series": "$lambda folder: @read(folder, @series_reader(folder, @image_series(folder)))",
     }
 
 
@@ -190,9 +223,10 @@ def model_card(released: Released) -> str:
         "## Provenance",
         "\n".join(_provenance(released)),
         "## Use",
-        "    python -c \"from monai.bundle import run; run(config_file='configs/inference.json', study='FOLDER_OF_ONE_SERIES')\"",
-        "In this folder, with monai, torch, safetensors, pydicom and nibabel installed: it writes the class map of one "
-        "DICOM series, on the grid and spacing above, to `prediction/`.",
+        "    python -c \"from monai.bundle import run; run(config_file='configs/inference.json', study='FOLDER_OF_ONE_STUDY')\"",
+        "In this folder, with monai, torch, safetensors, pydicom and nibabel installed: it writes the class map of the "
+        f"one {plan.data.modality} image series of DICOM in that folder, on the spacing above, to `prediction/`. Labels and other "
+        "modalities beside it are left alone.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -94,7 +94,7 @@ def own_dice(released: Released, silo: str) -> float:
 
 
 def held_out(released: Released, silo: str) -> tuple[Any, list[tuple[Path, str]]]:
-    """The hospital's snapshot, and (DICOM series, key) of the studies of its validation patients, which trained nothing."""
+    """The hospital's snapshot, and (folder, key) of its validation patients' studies, which trained nothing: images and labels."""
     import pydicom
 
     from silo_agent.imaging.deidentify import split_of, study_key
@@ -109,11 +109,9 @@ def held_out(released: Released, silo: str) -> tuple[Any, list[tuple[Path, str]]
     for study in sorted(path for path in site.source.iterdir() if path.is_dir()):
         header = pydicom.dcmread(next(study.glob("IM*.dcm")), stop_before_pixels=True)
         if split_of(key, str(header.PatientID)) == "validation":
-            series = released.folder / silo / study.name
-            series.mkdir(parents=True, exist_ok=True)
-            for file in study.glob("IM*.dcm"):
-                shutil.copy(file, series)
-            found.append((series, study_key(key, str(header.SeriesInstanceUID))))
+            copy = released.folder / silo / study.name
+            shutil.copytree(study, copy, dirs_exist_ok=True)
+            found.append((copy, study_key(key, str(header.SeriesInstanceUID))))
     return snapshot, found
 
 
@@ -128,15 +126,15 @@ def test_a_stranger_gets_the_dice_that_the_run_reported(released: Released) -> N
     bundle = released.folder / "model"
     snapshot, studies = held_out(released, SILO)
     assert studies, "a hospital without validation patients shows nothing"
-    command = [sys.executable, "-W", "ignore", "-c", STRANGER, str(bundle), *(str(series) for series, _ in studies)]
+    command = [sys.executable, "-W", "ignore", "-c", STRANGER, str(bundle), *(str(study) for study, _ in studies)]
     said = subprocess.run(command, cwd=released.folder, check=True, capture_output=True, text=True, timeout=300)
     told = json.loads(said.stdout.splitlines()[-1])
     assert told["same"], "model.pt holds other arrays than the signed ones"
     assert told["metadata"]["wardround"]["run"] == released.run
 
     scores = []
-    for series, key in studies:
-        image, classes = np.load(series / "image.npy"), np.load(series / "classes.npy")
+    for study, key in studies:
+        image, classes = np.load(study / "image.npy"), np.load(study / "classes.npy")
         assert np.abs(image - snapshot.image(key)).max() < 1e-3  # MONAI's reader and ours agree on where and how bright
         scores.append([score(classes, snapshot.label(key), len(released.plan.classes), snapshot.spacing_mm)])
     dice = summarize(scores, released.plan)["dice"]
@@ -146,12 +144,12 @@ def test_a_stranger_gets_the_dice_that_the_run_reported(released: Released) -> N
 
 
 def test_the_cards_own_command_writes_a_class_map(released: Released) -> None:
-    """As it stands in the card, on one held-out series."""
+    """As it stands in the card, on one held-out study."""
     _, studies = held_out(released, SILO)
     bundle = released.folder / "model"
     card = (bundle / "docs" / "model_card.md").read_text()
     (typed,) = [line.strip() for line in card.splitlines() if line.startswith("    python -c")]
-    command = typed.replace("FOLDER_OF_ONE_SERIES", str(studies[0][0])).replace("python", sys.executable, 1)
+    command = typed.replace("FOLDER_OF_ONE_STUDY", str(studies[0][0])).replace("python", sys.executable, 1)
     subprocess.run(command, shell=True, cwd=bundle, check=True, capture_output=True, timeout=300)
     assert [path.suffixes for path in (bundle / "prediction").iterdir()] == [[".nii", ".gz"]]
 

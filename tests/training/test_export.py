@@ -2,6 +2,9 @@
 
 import io
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ import torch
 from monai.bundle.config_parser import ConfigParser
 from safetensors.numpy import load
 
+from sandbox.dicom import write_patients
 from silo_agent.training.export import export
 from silo_agent.training.networks import build_network, initial_parameters, load_parameters
 from silo_agent.training.trainer import handle
 from silo_agent.work import TrainerWork
+from tests.imaging.conftest import ST_MARYS, edit
 from tests.support.plans import private, tiny
 from wardround.bundle import LIBRARIES, NOT_FOR, Released, bundle_files, inference, model_card
 from wardround.errors import IntegrityError, MessageError
@@ -130,3 +135,58 @@ def test_every_file_of_a_bundle_and_its_metadata() -> None:
     value = json.loads(files["configs/metadata.json"])
     assert value["pytorch_version"] == "2.13.0" and value["network_data_format"]["outputs"]["pred"]["num_channels"] == 3
     assert value["wardround"]["parameters_digest"] == "sha256:" + "01" * 32 and value["wardround"]["run"] == "tiny-1"
+
+
+# --- what others do with it ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(a bundle of arrays that learned nothing, the folder of one patient: five images and a DICOM SEG)"""
+    folder, plan = tmp_path_factory.mktemp("bundle"), tiny()
+    write_patients(folder / "dicom", ST_MARYS, [0], seed=1)
+    values = parameters_of(plan)
+    pt, _ = export(plan, values)
+    released = Released("neuro", "tiny-1", plan, b"\1" * 32, {"leuven": 90}, {})
+    for name, content in bundle_files(released, safetensors_header(layout_of(plan)) + values, pt).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder, folder / "dicom" / "0000"
+
+
+def test_the_cards_command_reads_the_image_series_of_a_study(written: tuple[Path, Path], tmp_path: Path) -> None:
+    """The same class map whether the labels lie beside the images or not."""
+    bundle, study = written
+    assert (study / "SEG.dcm").exists()
+    alone = tmp_path / "alone" / study.name
+    alone.mkdir(parents=True)
+    for image in study.glob("IM*.dcm"):
+        shutil.copy(image, alone)
+    (typed,) = [line for line in (bundle / "docs" / "model_card.md").read_text().splitlines() if line.startswith("    python -c")]
+    maps = []
+    for folder in (study, alone):
+        command = typed.strip().replace("FOLDER_OF_ONE_STUDY", str(folder)).replace("python", sys.executable, 1)
+        said = subprocess.run(command, shell=True, cwd=bundle, capture_output=True, text=True, timeout=300)
+        assert said.returncode == 0, said.stderr
+        maps.append((bundle / "prediction" / "0000_classes.nii.gz").rename(tmp_path / f"{len(maps)}.nii.gz").read_bytes())
+    assert maps[0] == maps[1]
+
+
+def test_a_study_with_no_image_series_or_several_is_told_in_one_sentence(written: tuple[Path, Path], tmp_path: Path) -> None:
+    bundle, study = written
+
+    def read(folder: Path) -> Any:
+        parser = ConfigParser()
+        parser.read_config(bundle / "configs" / "inference.json")
+        parser["study"] = str(folder)
+        return parser.get_parsed_content("image")
+
+    assert read(study).shape[0] == 1
+    two = Path(shutil.copytree(study, tmp_path / "two"))
+    edit(two / "IM0001.dcm", lambda header: setattr(header, "SeriesInstanceUID", "1.2.3"))
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    shutil.copy(study / "SEG.dcm", labels)
+    for folder, count in ((two, 2), (labels, 0), (tmp_path / "nowhere", 0)):
+        with pytest.raises(SystemExit, match=f"{folder} holds {count} MR image series, expected 1: name the folder of one"):
+            read(folder)
