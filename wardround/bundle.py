@@ -1,7 +1,8 @@
 """A released model as a MONAI bundle: what its files say. Made from the plan and from signed facts alone, so that a silo and the
 aggregator write the same text, and no text of a silo's choosing travels. Only model.pt needs torch: a silo's trainer writes it.
 
-    configs/metadata.json, configs/inference.json, docs/model_card.md, models/model.safetensors, models/model.pt
+    configs/metadata.json, configs/inference.json, configs/logging.conf, docs/model_card.md,
+    models/model.safetensors, models/model.pt
 """
 
 import json
@@ -30,6 +31,29 @@ IMPORTS = (
     "from monai.data import PydicomReader", "from pydicom import dcmread", "from pydicom.misc import is_dicom",
     "from safetensors.torch import load_file",
 )  # fmt: skip
+# Where it is missing, MONAI warns of that each time the bundle is run or loaded.
+LOGGING = """\
+[loggers]
+keys=root
+
+[handlers]
+keys=stderr
+
+[formatters]
+keys=line
+
+[logger_root]
+level=WARNING
+handlers=stderr
+
+[handler_stderr]
+class=StreamHandler
+formatter=line
+args=(sys.stderr,)
+
+[formatter_line]
+format=%(levelname)s %(name)s: %(message)s
+"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +76,7 @@ def bundle_files(released: Released, safetensors: bytes, pt: bytes) -> dict[str,
     return {
         "configs/metadata.json": _json(metadata(released)),
         "configs/inference.json": _json(inference(released.plan)),
+        "configs/logging.conf": LOGGING.encode(),
         "docs/model_card.md": model_card(released).encode(),
         "models/model.safetensors": safetensors,
         "models/model.pt": pt,
@@ -143,6 +168,7 @@ def inference(plan: Plan) -> dict[str, Any]:
             "output_dir": "@out",
             "output_postfix": "classes",
             "separate_folder": False,
+            "output_dtype": "$np.uint8",
         },
         "run": ["$@writer(@classes)"],
     }

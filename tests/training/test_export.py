@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -130,7 +131,8 @@ def test_every_file_of_a_bundle_and_its_metadata() -> None:
     released = Released("neuro", "tiny-1", tiny(), b"\1" * 32, {"leuven": 90}, {}, versions=versions)
     files = bundle_files(released, b"arrays", b"pt")
     assert list(files) == [
-        "configs/metadata.json", "configs/inference.json", "docs/model_card.md", "models/model.safetensors", "models/model.pt",
+        "configs/metadata.json", "configs/inference.json", "configs/logging.conf", "docs/model_card.md", "models/model.safetensors",
+        "models/model.pt",
     ]  # fmt: skip
     value = json.loads(files["configs/metadata.json"])
     assert value["pytorch_version"] == "2.13.0" and value["network_data_format"]["outputs"]["pred"]["num_channels"] == 3
@@ -168,8 +170,10 @@ def test_the_cards_command_reads_the_image_series_of_a_study(written: tuple[Path
         command = typed.strip().replace("FOLDER_OF_ONE_STUDY", str(folder)).replace("python", sys.executable, 1)
         said = subprocess.run(command, shell=True, cwd=bundle, capture_output=True, text=True, timeout=300)
         assert said.returncode == 0, said.stderr
+        assert "logging.conf" not in said.stderr and "nvImageCodec" not in said.stderr, said.stderr
         maps.append((bundle / "prediction" / "0000_classes.nii.gz").rename(tmp_path / f"{len(maps)}.nii.gz").read_bytes())
     assert maps[0] == maps[1]
+    assert nibabel.load(tmp_path / "0.nii.gz").get_data_dtype() == np.uint8
 
 
 def test_a_study_with_no_image_series_or_several_is_told_in_one_sentence(written: tuple[Path, Path], tmp_path: Path) -> None:
