@@ -20,7 +20,7 @@ def side_of(view: RunView) -> Side:
         hospitals={data.silo: digest_name(data.digest) for data in view.datasets},
         curve=curve,
         own=own,
-        rounds=len(view.rounds),
+        rounds=sum(r.round <= view.plan.rounds for r in view.rounds),
         epsilon=epsilon_after(view.plan, len(view.rounds)),
         upload_bytes=sum(r.upload_bytes for r in view.rounds),
         download_bytes=sum(r.download_bytes for r in view.rounds),

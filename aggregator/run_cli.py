@@ -37,19 +37,32 @@ def run_list(context: typer.Context, json_: Json = False) -> None:
     """
     with opened(context) as found:
         rows = [_summary(state, found.store) for state in found.store.runs()]
+    if not json_:
+        rows = [row | _reached(row) for row in rows]
     print_rows("runs", rows, json_, ("run", "phase", "round", "rounds", "epsilon", "situation"))
 
 
 @run_app.command("show")
 def run_show(context: typer.Context, name: Run, json_: Json = False) -> None:
-    """One run: where it stands, whom it waits for, who refused and why, which attempts failed and why.
+    """One run: where it stands, whom it waits for, who refused and why, which attempts failed and why, how good its models are.
 
     \b
     Example:
       aggregator run show brain-tissue-1
+
+    A model is named by the rounds it was trained for, as in MLflow: the measures of model r come with the sum of round r + 1, and
+    so stand under `completed` of --json, which has every round.
     """
     with opened(context) as found:
-        print_facts(_details(found.store, name), json_)
+        facts = _details(found.store, name)
+    if json_:
+        print_facts(facts, True)
+        return
+    reached, rounds = _reached(facts), facts.pop("completed")
+    del facts["rounds"]
+    print_facts(facts | {"round": "{round} of {rounds}".format(**reached)}, False)
+    if models := _measured(rounds):
+        print_rows("models", models, False, tuple(models[-1]))
 
 
 @run_app.command("watch")
@@ -155,6 +168,21 @@ def _summary(state: RunState, store: Store) -> dict[str, Any]:
         "epsilon": spent(state),
         "situation": standing(state, store),
     }
+
+
+def _reached(summary: dict[str, Any]) -> dict[str, Any]:
+    """Rounds for people: those that train. The closing one, which sums the last model's measures alone, is none of theirs."""
+    return {"round": min(summary["round"], summary["rounds"]), "rounds": summary["rounds"]}
+
+
+def _measured(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per measured model."""
+    names = sorted({name for one in rounds for name in one["means"]})
+    return [
+        {"model_of_round": one["round"] - 1} | {name: one["means"].get(name) for name in names} | {"hospitals": len(one["in_sum"])}
+        for one in rounds
+        if one["means"]
+    ]
 
 
 def _details(store: Store, name: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from silo_agent.ledger_cli import ledger_app
 from silo_agent.membership import connect, stand_by
 from silo_agent.model_cli import model_app
 from silo_agent.preflight import Finding, look_home, look_out
+from silo_agent.run import Run
 from wardround import tls
 from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, print_facts
@@ -256,9 +257,9 @@ def status(context: typer.Context, json_: Json = False) -> None:
         print_facts(facts | {"activity_since_ms": since, "runs": runs}, True)
         return
     lines = [
-        f"{row['run']}: {row['stance']}, model of round {row['model_round']}, key epoch {row['key_epoch']}"
-        + (f"; {row['reason']}" if row["reason"] else "")
-        for row in runs
+        f"{told['run']}: {told['stance']}, {_model(row)}, key epoch {told['key_epoch']}"
+        + (f"; {told['reason']}" if told["reason"] else "")
+        for told, row in zip(runs, state.runs(), strict=True)
     ]
     print_facts(facts | {"runs": lines or ["none"]}, False)
 
@@ -421,6 +422,14 @@ def _key_epoch(state: State, run: sqlite3.Row) -> dict[str, Any]:
     halt = None if run["halt"] is None else pb.Halt.FromString(pb.Signed.FromString(run["halt"]).body)
     facts = {"key_epoch": 0 if epoch is None else epoch["number"]}
     return facts if halt is None else facts | {"reason": f"halted in round {halt.round}: {halt.reason}"}
+
+
+def _model(run: sqlite3.Row) -> str:
+    """Which model is held. The closing round trains nothing: it leaves the last model as it is."""
+    if run["model_round"] < 0:
+        return "no model yet"
+    rounds = Run(run).plan.rounds
+    return f"model of round {min(run['model_round'], rounds)} of {rounds}"
 
 
 def _received(state: State) -> list[Roster]:

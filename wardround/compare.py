@@ -24,7 +24,7 @@ class Side:
     hospitals: Mapping[str, str]  # silo -> digest of its declared facts
     curve: Mapping[str, Mapping[int, float]]  # measure -> model's round -> value
     own: Mapping[str, Mapping[str, float]]  # silo -> measure -> value, of the final model
-    rounds: int  # completed, the closing one included
+    rounds: int  # completed ones that trained
     epsilon: float | None  # spent; None: none is bounded
     upload_bytes: int  # of all silos together
     download_bytes: int

@@ -60,7 +60,7 @@ class Tracking:
         if not found:
             raise SettingsError(f"MLflow shows no run {run}: names are those of `aggregator run list`, e.g. brain-tissue-1")
         main = self._ask("runs/get", run_id=found[0]["info"]["run_id"])["run"]
-        tags, latest = _pairs(main["data"].get("tags")), _pairs(main["data"].get("metrics"))
+        tags, latest, params = (_pairs(main["data"].get(kind)) for kind in ("tags", "metrics", "params"))
         curve = {key.partition("/")[2]: self._curve(main, key) for key in latest if key.startswith("validation/")}
         datasets = [one["dataset"] for one in main.get("inputs", {}).get("dataset_inputs", [])]
         facts = [json.loads(dataset["source"]) for dataset in datasets]
@@ -68,11 +68,11 @@ class Tracking:
         return Side(
             run=run,
             phase=str(tags.get("wardround.phase", "unknown")),
-            params=_pairs(main["data"].get("params")),
+            params=params,
             hospitals={fact["silo"]: fact["digest"] for fact in facts},
             curve=curve,
             own=self._own(run, main["info"]["run_id"]),
-            rounds=len(self._curve(main, "cohort/size")),
+            rounds=sum(step <= int(params["rounds"]) for step in self._curve(main, "cohort/size")),
             epsilon=None if epsilon is None else float(epsilon),
             upload_bytes=int(sum(self._curve(main, "bytes/upload").values())),
             download_bytes=int(sum(self._curve(main, "bytes/download").values())),

@@ -67,7 +67,7 @@ def test_runs_are_compared_and_reported_out_of_the_store(aggregator: TestAggrega
         until(lambda name=run_name: aggregator.store.run(name).phase == "completed", silos)
     code, out, _ = command("run", "compare", "tiny-1", "tiny-2", "--json")
     found = json.loads(out)
-    assert code == 0 and found["plan"] == {"rounds": ["2", "1"]} and found["rounds"] == {"a": 3, "b": 2, "difference": -1}
+    assert code == 0 and found["plan"] == {"rounds": ["2", "1"]} and found["rounds"] == {"a": 2, "b": 1, "difference": -1}
     assert found["final"]["dice"] == {"a": 0.5, "b": 0.5, "difference": 0.0}
     assert found["hospitals"]["leuven"]["a"] == 0.4 and found["upload_bytes"]["difference"] < 0
     assert "# tiny-2 against tiny-1" in command("run", "compare", "tiny-1", "tiny-2")[1]
@@ -110,6 +110,11 @@ def test_a_run_from_submission_to_its_end(aggregator: TestAggregator, command: A
     assert (code, out) == (0, "tiny-1 has completed\n")
     rounds = json.loads(command("run", "show", "tiny-1", "--json")[1])["completed"]
     assert [one["round"] for one in rounds] == [1, 2, 3] and rounds[0]["means"] == {"dice": 0.5}
+    shown = command("run", "show", "tiny-1")[1]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert cells == [["0", "0.5", "3"], ["1", "0.5", "3"], ["2", "0.5", "3"]] and "model of round ┃ dice ┃ hospitals" in shown
+    assert "2 of 2\n" in shown and "in_sum" not in shown and "completed  {" not in shown
+    assert [cell.strip() for cell in command("run", "list")[1].splitlines()[3].split("│")[3:5]] == ["2", "2"]
     assert command("run", "abort", "tiny-1")[::2] == (
         2,
         "error (settings): tiny-1 has ended already (completed): there is nothing to abort\n",

@@ -90,7 +90,7 @@ def test_status_says_what_runs_and_why_something_was_refused(hospital: Hospital,
     assert (run["run"], run["stance"], run["reason"]) == ("tiny-1", "refusing", "this hospital takes no models of the heart")
     text = typed("status")[1]
     assert facts["activity"] in text
-    assert "tiny-1: refusing, model of round -1, key epoch 0; this hospital takes no models of the heart" in text
+    assert "tiny-1: refusing, no model yet, key epoch 0; this hospital takes no models of the heart" in text
 
 
 def test_status_says_why_a_run_ended_with_its_keys(hospital: Hospital, typed: Typed) -> None:

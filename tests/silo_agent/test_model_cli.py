@@ -58,6 +58,13 @@ def test_the_final_model_is_written_with_what_this_silo_knows(
     assert sorted(told["files"]) == sorted(str(p.relative_to(bundle)) for p in bundle.rglob("*") if p.is_file())
 
 
+def test_status_counts_rounds_as_the_export_does(hospital: Hospital, typed: Typed) -> None:
+    """The closing round trains nothing; JSON has the round as it is stored."""
+    hold(hospital, "tiny-1", PLAN.rounds + 1)
+    assert "tiny-1: accepted, model of round 2 of 2, key epoch 0" in typed("status")[1]
+    assert json.loads(typed("status", "--json")[1])["runs"][0]["model_round"] == PLAN.rounds + 1
+
+
 def test_a_model_in_the_middle_of_a_run_says_so_and_claims_no_measure(hospital: Hospital, typed: Typed, tmp_path: Path) -> None:
     hold(hospital, "tiny-1", 1, means=json.dumps({"dice": 0.9}))
     assert typed("model", "export", tmp_path / "bundle")[0] == 0
