@@ -12,6 +12,7 @@ from wardround.part import Name
 from wardround.plan import explain
 from wardround.roster import read_public_key
 
+OF_A_HOSPITAL = {"datasets", "policy", "roster_approval"}  # keys of silo-agent.yaml alone
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -80,10 +81,12 @@ def load_settings(path: Path) -> Settings:
         value: Any = yaml.safe_load(path.read_bytes())
         if not isinstance(value, dict):
             raise SettingsError("the settings are a mapping of keys to values")
+        if value.keys() & OF_A_HOSPITAL:
+            raise SettingsError(f"{path} holds a hospital's settings: name an aggregator's before the command, with --config FILE")
         settings = Settings(**value)
     except OSError as error:
         raise SettingsError(
-            f"cannot read the settings {path.name}: {error.strerror}; name them before the command, with --config FILE"
+            f"cannot read the settings {path}: {error.strerror}; name them before the command, with --config FILE"
         ) from None
     except yaml.YAMLError:
         raise SettingsError("the settings are not YAML") from None

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from aggregator import audit, schema
 from aggregator.database import Database
 from wardround.audit import SignedHead
-from wardround.errors import ConflictError, IdentityError, SettingsError
+from wardround.errors import ConflictError, IdentityError, SettingsError, UsageError
 from wardround.roster import Member, Roster, check_succeeds, parse_roster, propose
 
 MAX_ACTIVITY_CHARS = 80
@@ -239,7 +239,7 @@ class Members:
             )
 
     def revoke(self, silo: str) -> None:
-        """From now on every call of this silo is refused, its unused tokens are void. Raises SettingsError: unknown name."""
+        """From now on every call of this silo is refused, its unused tokens are void. Raises UsageError: unknown name."""
         with self._write() as db:
             found = db.execute(sa.update(schema.silos).where(schema.silos.c.name == silo).values(revoked_ms=self.now_ms())).rowcount
             found += db.execute(
@@ -248,7 +248,7 @@ class Members:
                 .values(state="revoked")
             ).rowcount
             if not found:
-                raise SettingsError(f"no silo and no unused token is named {silo}: see `aggregator silo list`")
+                raise UsageError(f"no silo and no unused token is named {silo}: see `aggregator silo list`")
             self._record(db, "silo-revoked", {"silo": silo})
 
     # --- silos -----------------------------------------------------------------------------------------------------------------

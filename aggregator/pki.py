@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from wardround import tls
-from wardround.errors import MessageError, SettingsError, StorageError
+from wardround.errors import MessageError, SettingsError, StorageError, UsageError
 from wardround.keyfiles import ed25519_key, p256_key, private_pem, read_secret, split_pem, write_secret
 from wardround.messages import SILO_NAME
 from wardround.roster import write_public_key
@@ -247,7 +247,7 @@ def _requested_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
 
 def _checked(name: str) -> str:
     if not SILO_NAME.fullmatch(name):
-        raise SettingsError("a silo's name has lower-case letters, digits and hyphens, at most 40, and ends with none")
+        raise UsageError("a silo's name has lower-case letters, digits and hyphens, at most 40, and ends with none")
     return name
 
 

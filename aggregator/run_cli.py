@@ -18,7 +18,7 @@ from aggregator.terminal import opened, person, print_rows, when
 from aggregator.views import run_view
 from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, print_comparison, print_facts
-from wardround.errors import SettingsError
+from wardround.errors import UsageError
 from wardround.pb import federation_pb2 as pb
 
 WATCH_S = 1.0
@@ -140,7 +140,7 @@ def run_pause(
       aggregator run pause brain-tissue-1 "leuven moves its scanner until Monday"
     """
     if not (told := " ".join(reason.split())):
-        raise SettingsError("the reason is empty: say in one sentence why, for whoever looks at the run")
+        raise UsageError("the reason is empty: say in one sentence why, for whoever looks at the run")
     with opened(context) as found:
         found.store.pause(name, told, person())
     print_facts({"run": name, "paused": told, "next": f"aggregator run resume {name}"}, json_)

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from aggregator import schema
 from aggregator.members import Members, Stale, conflict
 from aggregator.records import Attempt, Epoch, RunState, Sum, Upload, Waiting
-from wardround.errors import ConflictError, MessageError, SettingsError
+from wardround.errors import ConflictError, MessageError, SettingsError, UsageError
 from wardround.messages import run_ctx, statement_digest
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import Plan, parse_plan
@@ -44,7 +44,7 @@ class Store(Members):
             return [self._state(db, row) for row in db.execute(sa.select(schema.runs).order_by(_runs.seq))]
 
     def run(self, run: str) -> RunState:
-        """Raises SettingsError for an unknown name."""
+        """Raises UsageError for an unknown name."""
         with self._database.read() as db:
             return self._state(db, self._run_row(db, run))
 
@@ -152,7 +152,7 @@ class Store(Members):
     def _run_row(self, db: sa.Connection, run: str) -> sa.Row[Any]:
         row = db.execute(sa.select(schema.runs).where(_runs.id == run)).one_or_none()
         if row is None:
-            raise SettingsError(f"there is no run {run}: see `aggregator run list`")
+            raise UsageError(f"there is no run {run}: see `aggregator run list`")
         return row
 
     def _active_row(self, db: sa.Connection) -> sa.Row[Any] | None:
@@ -298,21 +298,21 @@ class Store(Members):
         return run
 
     def request_abort(self, run: str, by: str) -> None:
-        """The driver ends it. Raises SettingsError when it has ended already."""
+        """The driver ends it. Raises UsageError when it has ended already."""
         with self._write() as db:
             row = self._run_row(db, run)
             if row.phase in ENDED:
-                raise SettingsError(f"{run} has ended already ({row.phase}): there is nothing to abort")
+                raise UsageError(f"{run} has ended already ({row.phase}): there is nothing to abort")
             if not row.abort_requested:
                 db.execute(sa.update(schema.runs).where(_runs.id == run).values(abort_requested=1))
                 self._record(db, "abort-requested", {"run": run, "by": by})
 
     def pause(self, run: str, reason: str, by: str) -> None:
-        """No round opens after the one under way, until it is called with an empty reason. Raises SettingsError: it has ended."""
+        """No round opens after the one under way, until it is called with an empty reason. Raises UsageError: it has ended."""
         with self._write() as db:
             row = self._run_row(db, run)
             if row.phase in ENDED:
-                raise SettingsError(f"{run} has ended already ({row.phase}): there is nothing to pause or resume")
+                raise UsageError(f"{run} has ended already ({row.phase}): there is nothing to pause or resume")
             if (row.paused or "") != reason:
                 db.execute(sa.update(schema.runs).where(_runs.id == run).values(paused=reason or None))
                 self._record(db, "run-paused" if reason else "run-resumed", {"run": run, "reason": reason, "by": by})

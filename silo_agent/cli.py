@@ -27,7 +27,7 @@ from wardround import tls
 from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, print_facts
 from wardround.cli import run as run_command_line
-from wardround.errors import PolicyRefusal, SettingsError, WardroundError
+from wardround.errors import PolicyRefusal, SettingsError, UsageError, WardroundError
 from wardround.kube import ClusterApi
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import load_plan
@@ -280,7 +280,7 @@ def pause(
     they are; rounds go on without this hospital once their deadline has passed.
     """
     if not (told := " ".join(reason.split())):
-        raise SettingsError("the reason is empty: say in one sentence why, for the coordinator who waits")
+        raise UsageError("the reason is empty: say in one sentence why, for the coordinator who waits")
     _pause(context, told[:MAX_REASON_CHARS])
     print_facts({"paused": told[:MAX_REASON_CHARS], "next": "silo-agent resume"}, json_)
 
@@ -406,7 +406,7 @@ def roster_approve(
     try:
         wanted = bytes.fromhex(digest.removeprefix("sha256:"))
     except ValueError:
-        raise SettingsError(
+        raise UsageError(
             "a roster is named by its digest, sha256: and 64 hexadecimal digits: see `silo-agent roster show`"
         ) from None
     newer = [roster for roster in received if before is None or roster.version > before.version]

@@ -11,6 +11,7 @@ from wardround.errors import DataError, SettingsError
 from wardround.part import Name
 from wardround.plan import explain
 
+OF_AN_AGGREGATOR = {"federation", "operator_key", "host"}  # keys of aggregator.yaml alone
 MAX_NOTE_CHARS = 500  # of one note in a Join
 
 
@@ -119,10 +120,12 @@ def load_settings(path: Path) -> Settings:
     """Raises SettingsError that names each key. Relative paths in the file are relative to the file."""
     try:
         value = yaml.safe_load(path.read_bytes())
+        if isinstance(value, dict) and value.keys() & OF_AN_AGGREGATOR:
+            raise SettingsError(f"{path} holds an aggregator's settings: name a hospital's before the command, with --config FILE")
         settings = Settings.model_validate(value)
     except OSError as error:
         raise SettingsError(
-            f"cannot read the settings {path.name}: {error.strerror}; name them before the command, with --config FILE"
+            f"cannot read the settings {path}: {error.strerror}; name them before the command, with --config FILE"
         ) from None
     except yaml.YAMLError:
         raise SettingsError("the settings are not YAML") from None

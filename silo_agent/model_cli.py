@@ -18,7 +18,7 @@ from silo_agent.work import TrainerWork
 from wardround.bundle import Released, bundle_files
 from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, print_facts
-from wardround.errors import ConflictError, SettingsError, StorageError
+from wardround.errors import ConflictError, SettingsError, StorageError, UsageError
 from wardround.messages import claimed
 from wardround.pb import federation_pb2 as pb
 from wardround.release import parameters_digest, safetensors_header
@@ -69,7 +69,7 @@ def _row(state: State, run: str) -> sqlite3.Row:
     rows = [row for row in state.runs() if row["model_round"] >= 0 and run in ("", row["run"])]
     if not rows:
         what = f"no model of {run}" if run else "no model"
-        raise SettingsError(f"this hospital holds {what}: see `silo-agent status` for the runs it took part in")
+        raise UsageError(f"this hospital holds {what}: see `silo-agent status` for the runs it took part in")
     return rows[-1]
 
 

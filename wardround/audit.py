@@ -161,17 +161,18 @@ class _opened(closing[sqlite3.Connection]):
     """A read-only connection whose SQLite errors say what to do."""
 
     def __init__(self, database: Path) -> None:
+        self._database = database
         try:
             super().__init__(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True))
         except sqlite3.Error:
-            raise StorageError("the database cannot be opened: expected a SQLite file that this user can read") from None
+            raise StorageError(f"{database} cannot be opened: expected a SQLite file that this user can read") from None
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         error = exception[1]
         if isinstance(error, sqlite3.Error):
             raise StorageError(
-                f"the database cannot be read ({error}): expected the SQLite file of an aggregator or silo"
+                f"{self._database} cannot be read ({error}): expected the SQLite file of an aggregator or silo"
             ) from None
 
 

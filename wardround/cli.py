@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from wardround import accounting, audit
 from wardround.canonical import digest_name
 from wardround.compare import Side, as_text, compare
-from wardround.errors import ConflictError, SettingsError, StorageError, WardroundError
+from wardround.errors import ConflictError, SettingsError, StorageError, UsageError, WardroundError
 from wardround.keyfiles import ed25519_key, private_pem, read_secret, write_secret
 from wardround.layout import layout_of
 from wardround.messages import SILO_NAME
@@ -137,9 +137,9 @@ def run_compare(
 
 
 def print_comparison(a: Side, b: Side, as_json: bool) -> None:
-    """Raises SettingsError for one run twice."""
+    """Raises UsageError for one run twice."""
     if a.run == b.run:
-        raise SettingsError(f"{a.run} was named twice: two runs are compared")
+        raise UsageError(f"{a.run} was named twice: two runs are compared")
     found = compare(a, b)
     print(json.dumps(found) if as_json else as_text(found), end="\n" if as_json else "")
 
@@ -222,7 +222,7 @@ def audit_verify(
         try:
             public_key = read_public_key(key.read_text())
         except (OSError, UnicodeDecodeError):
-            raise SettingsError("cannot read the audit public key: expected one line of text") from None
+            raise SettingsError(f"cannot read the audit public key {key}: expected one line of text") from None
     head, compared = audit.verify_file(file, public_key, head_from)
     facts = {
         "verified": True,

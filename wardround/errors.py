@@ -3,6 +3,7 @@
     WardroundError
       PlanError          the plan's author: a key, a value, a combination
       SettingsError      whoever wrote a settings or policy file
+        UsageError       whoever typed a command: a name that is not there, a word that does not fit
       PolicyRefusal      nobody's: the hospital said no, and which line said it
       DataError          the hospital's data or its dataset binding
       IdentityError      a certificate, token, roster or signature that does not hold
@@ -13,8 +14,9 @@
       StorageError       disk full, database locked                                   retryable
       Disconnected       the other side cannot be reached                             retryable
 
-Messages say what was expected, what was seen and what to do next; never a pixel, identifier, path or key. `code` is stable
-and machine-readable, `retryable` a property of the class. On the wire an error is its code and message in the gRPC status.
+Messages say what was expected, what was seen and what to do next; never a pixel, identifier, path or key. Only a path or address
+that was typed on a command line is read back, to whoever typed it. `code` is stable and machine-readable, `retryable` a property
+of the class. On the wire an error is its code and message in the gRPC status.
 """
 
 from typing import ClassVar
@@ -36,6 +38,10 @@ class PlanError(WardroundError):
 class SettingsError(WardroundError):
     code = "settings"
     exit_code = 2
+
+
+class UsageError(SettingsError):
+    code = "usage"
 
 
 class PolicyRefusal(WardroundError):
@@ -82,7 +88,7 @@ class Disconnected(WardroundError):
 BY_CODE: dict[str, type[WardroundError]] = {
     kind.code: kind
     for kind in (
-        WardroundError, PlanError, SettingsError, PolicyRefusal, DataError, IdentityError, MessageError, ConflictError,
+        WardroundError, PlanError, SettingsError, UsageError, PolicyRefusal, DataError, IdentityError, MessageError, ConflictError,
         VersionError, IntegrityError, StorageError, Disconnected,
     )
 }  # fmt: skip

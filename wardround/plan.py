@@ -314,7 +314,7 @@ def load_plan(path: Path) -> Plan:
     try:
         return parse_plan(path.read_bytes())
     except OSError as error:
-        raise PlanError(f"cannot read the plan: {error.strerror}") from None
+        raise PlanError(f"cannot read the plan {path}: {error.strerror}") from None
 
 
 def flattened(plan: Plan) -> dict[str, str]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wardround.compare import Side
-from wardround.errors import Disconnected, IdentityError, SettingsError, StorageError
+from wardround.errors import Disconnected, IdentityError, SettingsError, StorageError, UsageError
 
 TIMEOUT_S = 30
 MAX_RESULTS = 1000
@@ -30,6 +30,7 @@ class Tracking:
             raise SettingsError(
                 "MLflow's address is http://HOST:PORT or https://HOST: name it with --mlflow or MLFLOW_TRACKING_URI"
             )
+        self._address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"  # without a password that somebody put in it
         self._base = uri.rstrip("/") + "/api/2.0/mlflow/"
         user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
         self._headers = {"Content-Type": "application/json"}
@@ -51,14 +52,16 @@ class Tracking:
                 ) from None
             raise StorageError(f"MLflow answered with {error.code}: its own log says why") from None
         except (OSError, ValueError):
-            raise Disconnected("MLflow cannot be reached: is the server up, and is the address right?") from None
+            raise Disconnected(
+                f"MLflow cannot be reached at {self._address}: is the server up, and is the address right?"
+            ) from None
         return value
 
     def side(self, run: str) -> Side:
-        """Raises SettingsError for a run that MLflow does not show. Of two runs of one name, the newer."""
+        """Raises UsageError for a run that MLflow does not show. Of two runs of one name, the newer."""
         found = self._runs(run.rpartition("-")[0], f"tags.`wardround.run_id` = '{_plain(run)}'")
         if not found:
-            raise SettingsError(f"MLflow shows no run {run}: names are those of `aggregator run list`, e.g. brain-tissue-1")
+            raise UsageError(f"MLflow shows no run {run}: names are those of `aggregator run list`, e.g. brain-tissue-1")
         main = self._ask("runs/get", run_id=found[0]["info"]["run_id"])["run"]
         tags, latest, params = (_pairs(main["data"].get(kind)) for kind in ("tags", "metrics", "params"))
         curve = {key.partition("/")[2]: self._curve(main, key) for key in latest if key.startswith("validation/")}
@@ -109,7 +112,7 @@ def _pairs(items: list[Mapping[str, Any]] | None) -> dict[str, Any]:
 
 
 def _plain(name: str) -> str:
-    """A name inside a filter of MLflow's. Raises SettingsError for what no run is called."""
+    """A name inside a filter of MLflow's. Raises UsageError for what no run is called."""
     if not name or not all(char.isalnum() or char in "-_" for char in name):
-        raise SettingsError("a run's name is the plan's and a number, e.g. brain-tissue-1")
+        raise UsageError("a run's name is the plan's and a number, e.g. brain-tissue-1")
     return name

@@ -59,7 +59,7 @@ def read_enrollment(path: Path) -> Enrollment:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise SettingsError(f"cannot read the enrolment file: {error.strerror}") from None
+        raise SettingsError(f"cannot read the enrolment file {path}: {error.strerror}") from None
     try:
         value = yaml.safe_load(data) if len(data) <= MAX_FILE_BYTES else None
     except (yaml.YAMLError, UnicodeDecodeError):

@@ -72,9 +72,9 @@ def test_runs_are_compared_and_reported_out_of_the_store(aggregator: TestAggrega
     assert found["hospitals"]["leuven"]["a"] == 0.4 and found["upload_bytes"]["difference"] < 0
     assert "# tiny-2 against tiny-1" in command("run", "compare", "tiny-1", "tiny-2")[1]
     assert command("run", "compare", "tiny-1", "tiny-1")[::2] == (
-        2, "error (settings): tiny-1 was named twice: two runs are compared\n",
+        2, "error (usage): tiny-1 was named twice: two runs are compared\n",
     )  # fmt: skip
-    assert "there is no run tiny-9" in command("run", "compare", "tiny-1", "tiny-9")[2]
+    assert command("run", "compare", "tiny-1", "tiny-9")[2].startswith("error (usage): there is no run tiny-9")
     assert "# Privacy report of tiny-1" in command("run", "report", "tiny-1")[1]
     assert "<h1>Privacy report of tiny-1</h1>" in command("run", "report", "tiny-1", "--html")[1]
 
@@ -117,7 +117,7 @@ def test_a_run_from_submission_to_its_end(aggregator: TestAggregator, command: A
     assert [cell.strip() for cell in command("run", "list")[1].splitlines()[3].split("│")[3:5]] == ["2", "2"]
     assert command("run", "abort", "tiny-1")[::2] == (
         2,
-        "error (settings): tiny-1 has ended already (completed): there is nothing to abort\n",
+        "error (usage): tiny-1 has ended already (completed): there is nothing to abort\n",
     )
 
 
@@ -134,7 +134,7 @@ def test_pause_with_a_reason_and_resume(aggregator: TestAggregator, command: Any
     silos = aggregator.hospitals()
     name = aggregator.submit(tiny())
     at("open", aggregator, silos)
-    assert command("run", "pause", name, " ")[2].startswith("error (settings): the reason is empty")
+    assert command("run", "pause", name, " ")[2].startswith("error (usage): the reason is empty")
     assert command("run", "pause", name, "the scanner\nmoves")[0] == 0
     assert "paused: the scanner moves; before that, round 1 of 2 waits" in command("run", "show", name)[1]
     assert json.loads(command("run", "resume", name, "--json")[1]) == {"run": name, "paused": "no"}
@@ -143,14 +143,14 @@ def test_pause_with_a_reason_and_resume(aggregator: TestAggregator, command: Any
 
 def test_silos_and_their_tokens(aggregator: TestAggregator, command: Any, tmp_path: Path) -> None:
     aggregator.hospitals(("charite",))
-    assert command("silo", "token", "leuven", "Bad_Name")[2].startswith("error (settings): a silo's name has lower-case letters")
+    assert command("silo", "token", "leuven", "Bad_Name")[2].startswith("error (usage): a silo's name has lower-case letters")
     assert "there is a file wardround-leuven.yaml already" in command("silo", "token", "leuven")[2]
     assert (tmp_path / "wardround-leuven.yaml").stat().st_mode & 0o777 == 0o600
     listed = {one["silo"]: one["standing"] for one in json.loads(command("silo", "list", "--json")[1])["silos"]}
     assert listed == {"charite": "active", "leuven": "token issued, not enrolled"}
     assert command("silo", "revoke", "charite")[0] == 0
     assert "revoked" in command("silo", "list")[1]
-    assert command("silo", "revoke", "nobody")[2].startswith("error (settings): no silo")
+    assert command("silo", "revoke", "nobody")[2].startswith("error (usage): no silo")
 
 
 def test_a_roster_that_nobody_signed(aggregator: TestAggregator, command: Any, tmp_path: Path) -> None:
@@ -182,9 +182,12 @@ def test_every_command_has_an_example(command: Any) -> None:
     assert "Example:\n    aggregator" in command("serve", "--help")[1]
 
 
-def test_settings_that_are_not_there(command: Any) -> None:
-    assert command("--config", "none.yaml", "run", "list")[::2] == (
+def test_settings_that_are_not_there(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "silo-agent.yaml").write_text("data: data\ndatasets: {}\n")
+    said = command("--config", "silo-agent.yaml", "run", "list")[2]
+    assert said.startswith("error (settings): silo-agent.yaml holds a hospital's settings: name an aggregator's before the command")
+    assert command("--config", "demo/none.yaml", "run", "list")[::2] == (
         2,
-        "error (settings): cannot read the settings none.yaml: No such file or directory; "
+        "error (settings): cannot read the settings demo/none.yaml: No such file or directory; "
         "name them before the command, with --config FILE\n",
     )

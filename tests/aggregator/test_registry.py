@@ -219,8 +219,11 @@ def test_a_private_run_compares_with_its_epsilon(client: MlflowClient, outage: O
 
 
 def test_mlflow_that_is_away_or_says_no_to_a_researcher() -> None:
-    with pytest.raises(Disconnected, match="MLflow cannot be reached"):
+    with pytest.raises(Disconnected, match=r"MLflow cannot be reached at http://127\.0\.0\.1:\d+:"):
         Tracking(f"http://127.0.0.1:{free_port()}").side("paper-1")
+    with pytest.raises(Disconnected, match=r"reached at http://localhost:1: is the server up") as caught:
+        Tracking("http://somebody:secret@localhost:1").side("paper-1")
+    assert "secret" not in str(caught.value)
     with pytest.raises(SettingsError, match="http://HOST:PORT"):
         Tracking("file:///etc")
     with answering(403, "Permission denied") as uri, pytest.raises(IdentityError, match="does not let this account read"):
@@ -238,4 +241,4 @@ def test_the_researchers_command(client: MlflowClient, outage: Outage) -> None:
     assert json.loads(found)["final"]["dice"] == {"a": 0.375, "b": 0.375, "difference": 0.0}
     command[4] = "typed-1"
     said = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert said.returncode == 2 and said.stderr == "error (settings): typed-1 was named twice: two runs are compared\n"
+    assert said.returncode == 2 and said.stderr == "error (usage): typed-1 was named twice: two runs are compared\n"

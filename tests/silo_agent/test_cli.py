@@ -150,7 +150,11 @@ def test_settings_that_do_not_hold_are_named_by_key(typed: Typed, hospital: Hosp
     said = refused(typed("status"))
     assert said.startswith("error (settings): ") and "two significant digits" in said and "colour: unknown key" in said
     hospital.config.unlink()
-    assert "cannot read the settings silo-agent.yaml: No such file or directory" in refused(typed("status"))
+    assert f"cannot read the settings {hospital.config}: No such file or directory" in refused(typed("status"))
+    hospital.config.write_text((Path(__file__).parents[2] / "configs" / "aggregator.yaml").read_text())
+    assert refused(typed("status")).startswith(
+        f"error (settings): {hospital.config} holds an aggregator's settings: name a hospital's"
+    )
 
 
 def test_a_seed_needs_the_policys_word(typed: Typed, tmp_path: Path) -> None:
@@ -164,6 +168,9 @@ def test_keys_that_others_can_read_are_not_used(typed: Typed, hospital: Hospital
 
 
 def test_an_enrolment_file_that_is_none(typed: Typed, tmp_path: Path) -> None:
+    assert f"cannot read the enrolment file {tmp_path / 'none.yaml'}: No such file" in refused(
+        typed("enroll", tmp_path / "none.yaml")
+    )
     (tmp_path / "letter.yaml").write_text("dear hospital")
     assert refused(typed("enroll", tmp_path / "letter.yaml")).startswith("error (settings): the enrolment file")
 

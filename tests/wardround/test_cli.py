@@ -84,6 +84,14 @@ def test_plan_validate_for_people(wardround, plan):
     assert "without privacy: nothing bounds what the model tells about one patient" in out
 
 
+def test_a_plan_that_is_not_there_is_named_as_it_was_typed(wardround, tmp_path):
+    typed = tmp_path / "nofile.yaml"
+    assert wardround("plan", "validate", typed)[::2] == (
+        2,
+        f"error (plan): cannot read the plan {typed}: No such file or directory\n",
+    )
+
+
 def test_a_bad_plan_is_one_line_and_exit_code_2(wardround, plan):
     plan.write_text(TINY.replace("rounds: 2", "rounds: 0\ncolour: red"))
     code, out, err = wardround("plan", "validate", plan)
@@ -220,9 +228,11 @@ def test_audit_verify_finds_an_edit_and_a_cut(wardround, store, tmp_path):
 
 def test_audit_verify_of_what_is_no_store(wardround, tmp_path):
     code, _, err = wardround("audit", "verify", tmp_path / "none.sqlite")
-    assert (code, err.startswith("error (storage): ")) == (1, True)
+    assert (code, err.startswith(f"error (storage): {tmp_path / 'none.sqlite'} cannot be opened")) == (1, True)
     code, _, err = wardround("audit", "verify", tmp_path / "none.sqlite", "--key", tmp_path / "none.pub")
-    assert (code, err.startswith("error (settings): ")) == (2, True)
+    assert (code, err.startswith(f"error (settings): cannot read the audit public key {tmp_path / 'none.pub'}")) == (2, True)
+    (tmp_path / "letter").write_text("dear coordinator")
+    assert wardround("audit", "verify", tmp_path / "letter")[2].startswith(f"error (storage): {tmp_path / 'letter'} cannot be read")
 
 
 # --- all of them --------------------------------------------------------------------------------------------------------------

@@ -267,6 +267,7 @@ def test_a_long_value_is_shortened():
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(PlanError, match="cannot read the plan: No such file") as caught:
+    """Whoever typed the path reads it back; what comes over the wire goes through parse_plan and names no file."""
+    with pytest.raises(PlanError) as caught:
         load_plan(tmp_path / "none.yaml")
-    assert str(tmp_path) not in str(caught.value)
+    assert str(caught.value) == f"cannot read the plan {tmp_path / 'none.yaml'}: No such file or directory"
