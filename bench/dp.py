@@ -37,7 +37,7 @@ from silo_agent.training.trainer import network_of, prepare_device
 from wardround.layout import layout_of
 from wardround.plan import Plan, load_plan
 
-PLAN = Path(__file__).parents[1] / "configs" / "plans" / "brain-tissue-dp.yaml"
+PLAN = Path(__file__).parents[1] / "configs" / "plans" / "brain-tissue.yaml"
 ROWS = 64
 TURNS = 15
 SILENT = 1e-12  # a noise multiplier that leaves the clipped sum to be seen

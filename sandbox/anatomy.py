@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates, uniform_filter
 
 Array = NDArray[np.float32]
-CENTRE_MM = (0.0, -16.0, 20.0)  # MNI position of the middle of every stack: the lateral ventricles are in view
+CENTRE_MM = (0.0, -16.0, 36.0)  # MNI position of the middle of every stack: above the deep grey matter
 LATTICE_MM = 30.0  # distance of the nodes of the elastic deformation
 ELASTIC_MM = 4.5  # standard deviation of a node's displacement, each axis
 REACH_MM = 150.0  # the lattice covers this far to every side of the centre

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sandbox.baselines import Baselines, Dice, evaluate_on_test, mean_dice, run_baselines
+from sandbox.baselines import Comparison, compare, mean_dice
 from sandbox.dicom import write_hospitals
 from sandbox.federation import FEDERATION, SIMULATED, Federation, Site, free_port
 from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
@@ -23,26 +23,29 @@ from sandbox.processes import PeakMemory, Programs, call, tool, wait_until
 from sandbox.scanner import HOSPITALS
 from silo_agent.custody.spool import Spool
 from silo_agent.secure_sum.global_model import GlobalModel
-from wardround.errors import WardroundError
+from wardround.accounting import round_event
+from wardround.errors import PlanError, WardroundError
 from wardround.layout import layout_of
 from wardround.plan import Plan, load_plan
 
 PLAN = Path(__file__).parents[1] / "configs" / "plans" / "brain-tissue.yaml"
-NUM_PATIENTS = 120  # a hospital
-DECLARED_PATIENTS = 120
+NUM_PATIENTS = 1000  # a hospital: 700 train, 150 validate, 150 test, as its own key draws them
+DECLARED_PATIENTS = 700
 LOOK_S = 1.0
 MLFLOW_S = 60.0
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What a run left behind. `snapshots`: the folder each hospital trained on; `parameters`: the final global model."""
+    """What a run left behind. `snapshots`: the folder each hospital trained on; `parameters`: the final global model.
+    `ledgers`: what `silo-agent ledger show` says at each hospital."""
 
     run: str
     rounds_completed: int
     audit_verified: bool
     snapshots: Mapping[str, Path]
     parameters: bytes
+    ledgers: Mapping[str, Mapping[str, Any]]
 
 
 def demo(root: Path, seed: int) -> dict[str, Any]:
@@ -55,13 +58,13 @@ def demo(root: Path, seed: int) -> dict[str, Any]:
     started = time.monotonic()
     with PeakMemory() as memory:
         learned = _federate(console, root, plan, folders, seed)
-        federated = evaluate_on_test(plan, learned.parameters, learned.snapshots)
-        console.print("baselines: each hospital alone, and all data in one place, same data and budget")
-        baselines = run_baselines(plan, learned.snapshots, seed, lambda name: console.print(f"  {name} trained"))
+        console.print("baselines, all without privacy: this federation, all data in one place, each hospital alone; same steps")
+        judged = lambda name: console.print(f"  {name}: judged on test patients")  # noqa: E731
+        found = compare(plan, learned.parameters, learned.snapshots, DECLARED_PATIENTS, seed, judged)
     seconds = time.monotonic() - started
-    value = result(plan, learned, federated, baselines, seconds, memory.peak_bytes)
+    value = result(plan, learned, found, seconds, memory.peak_bytes)
     (root / "result.json").write_text(json.dumps(value, indent=2) + "\n")
-    show(console, plan, federated, baselines, value)
+    show(console, plan, value)
     return value
 
 
@@ -88,15 +91,17 @@ def _federate(console: Console, root: Path, plan: Plan, folders: dict[str, Path]
             console.print("enrolment: operator key, aggregator, one token a hospital, signed roster")
             federation.set_up()
             run = federation.submit(PLAN)
-            console.print(f"run {run}: {plan.rounds} rounds of {plan.training.steps} steps, summed under encryption")
+            steps = f"{plan.rounds} rounds of {plan.training.steps} steps"
+            console.print(f"run {run}: {steps} under differential privacy, summed under encryption")
             completed = _watch(console, federation, run, plan)
             wait_for_mlflow(mlflow, port)
             verified = _verify(federation)
             snapshots, parameters = _left_behind(federation, run, plan)
+            ledgers = _ledgers(federation)
             wait_until(lambda: federation.show(run)["in_mlflow"], "the run to be in MLflow", MLFLOW_S, programs)
     finally:
         stop_mlflow(mlflow)
-    return Learned(run, completed, verified, snapshots, parameters)
+    return Learned(run, completed, verified, snapshots, parameters, ledgers)
 
 
 def _watch(console: Console, federation: Federation, run: str, plan: Plan) -> int:
@@ -136,6 +141,14 @@ def _verify(federation: Federation) -> bool:
     return True
 
 
+def _ledgers(federation: Federation) -> dict[str, dict[str, Any]]:
+    """What each hospital's own ledger says."""
+    names = [site.name for site in federation.sites]
+    with ThreadPoolExecutor(2) as pool:
+        shown = pool.map(lambda name: json.loads(federation.at_silo(name, "ledger", "show", "--json")), names)
+        return dict(zip(names, shown, strict=True))
+
+
 def _left_behind(federation: Federation, run: str, plan: Plan) -> tuple[dict[str, Path], bytes]:
     """Snapshot folders, and the final model as the first hospital holds it."""
     snapshots: dict[str, Path] = {}
@@ -151,60 +164,80 @@ def _left_behind(federation: Federation, run: str, plan: Plan) -> tuple[dict[str
     return snapshots, parameters
 
 
-def result(plan: Plan, learned: Learned, federated: Dice, baselines: Baselines, seconds: float, peak_bytes: int) -> dict[str, Any]:
+def result(plan: Plan, learned: Learned, found: Comparison, seconds: float, peak_bytes: int) -> dict[str, Any]:
     """result.json. Every Dice but `federated` and `local_at_home` of a silo is the mean over all hospitals' test patients."""
     layout = layout_of(plan)
-    worst = min(federated, key=lambda name: federated[name])
+    worst = min(found.federated, key=lambda name: found.federated[name])
     return {
         "task": plan.task,
-        "epsilon": None,
-        "delta": None,
+        "epsilon": max(ledger["epsilon"] for ledger in learned.ledgers.values()),
+        "delta": max(ledger["delta"] for ledger in learned.ledgers.values()),
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_bytes,
         "upload_bytes_per_parameter": round(plan.aggregation.he.upload_bytes(layout) / layout.num_parameters, 2),
         "rounds_completed": learned.rounds_completed,
         "audit_verified": learned.audit_verified,
         "metric": {
-            "federated": round(mean_dice(federated), 4),
-            "pooled": round(mean_dice(baselines.pooled), 4),
-            "local_mean": round(baselines.local_mean, 4),
+            "federated": round(mean_dice(found.federated), 4),
+            "pooled": round(mean_dice(found.pooled), 4),
+            "local_mean": round(found.local_mean, 4),
+            "without_privacy": round(mean_dice(found.without_privacy), 4),
             "worst_silo": worst,
         },
         "silos": {
             name: {
-                "federated": round(federated[name], 4),
-                "local": round(mean_dice(baselines.local[name]), 4),
-                "local_at_home": round(baselines.local[name][name], 4),
-                "pooled": round(baselines.pooled[name], 4),
-                "epsilon_spent": None,
+                "federated": round(found.federated[name], 4),
+                "local": round(mean_dice(found.local[name]), 4),
+                "local_at_home": round(found.local[name][name], 4),
+                "pooled": round(found.pooled[name], 4),
+                "without_privacy": round(found.without_privacy[name], 4),
+                "epsilon_spent": learned.ledgers[name]["epsilon"],
             }
-            for name in federated
+            for name in found.federated
         },
     }
 
 
-def show(console: Console, plan: Plan, federated: Dice, baselines: Baselines, value: dict[str, Any]) -> None:
+def show(console: Console, plan: Plan, value: Mapping[str, Any]) -> None:
     """The last screen."""
-    table = Table(
-        "hospital", "federated", "alone, at home", "alone, everywhere", "pooled", title=f"{plan.name}: Dice on test patients"
-    )
+    columns = ("federated", "without privacy", "alone, at home", "alone, everywhere", "pooled")
+    table = Table("hospital", *columns, title=f"{plan.name}: Dice on test patients")
     for name, silo in value["silos"].items():
-        cells = (silo["federated"], silo["local_at_home"], silo["local"], silo["pooled"])
+        cells = (silo["federated"], silo["without_privacy"], silo["local_at_home"], silo["local"], silo["pooled"])
         table.add_row(name, *(f"{cell:.3f}" for cell in cells))
     metric = value["metric"]
     home = sum(silo["local_at_home"] for silo in value["silos"].values()) / len(value["silos"])
+    means = (metric["federated"], metric["without_privacy"], home, metric["local_mean"], metric["pooled"])
     table.add_section()
-    table.add_row("mean", *(f"{cell:.3f}" for cell in (metric["federated"], home, metric["local_mean"], metric["pooled"])))
+    table.add_row("mean", *(f"{mean:.3f}" for mean in means))
     console.print(table)
     say = partial(console.print, soft_wrap=True)
+    say(guarantee(plan, value))
     say(
-        f"federated is {metric['federated'] - metric['local_mean']:+.3f} Dice against a hospital alone, everywhere, and "
+        f"federated is {metric['federated'] / metric['without_privacy']:.3f} of the same federation without privacy, "
+        f"{metric['federated'] - metric['local_mean']:+.3f} Dice against a hospital alone, everywhere, and "
         f"{metric['federated'] - home:+.3f} against one alone, at home; {metric['federated'] / metric['pooled']:.3f} of pooled; "
         f"the worst served hospital is {metric['worst_silo']}"
     )
-    say("pooled draws three times the batch: as many steps and samples as the federation; no hospital could do that")
+    say(
+        "every column but the first is without noise and without a clip; pooled draws three times the batch: as many steps and "
+        "samples as the federation; no hospital could do that"
+    )
     say("\n".join(("audit chains verified; updates travelled encrypted (BFV)", *plan.caveats, SIMULATED)))
     say(f"{value['seconds']:.0f} s after the data was there, {value['peak_memory_bytes'] / 1e9:.1f} GB resident at most")
     say(f"next: make mlflow, then experiment {FEDERATION}/{plan.name}: the curves, the parameters and the lineage of this run")
     say("what each program keeps lies under demo/federation; look at it with, say,")
-    say("  .venv/bin/silo-agent --config demo/federation/silos/leuven/silo-agent.yaml status")
+    say("  .venv/bin/silo-agent --config demo/federation/silos/leuven/silo-agent.yaml ledger show")
+
+
+def guarantee(plan: Plan, value: Mapping[str, Any]) -> str:
+    """What the run promises each patient, and what it does not. Raises PlanError for a plan without privacy."""
+    event, privacy = round_event(plan), plan.privacy
+    if event is None or privacy is None:
+        raise PlanError("the demo's plan has no privacy section")
+    return (
+        f"epsilon {value['epsilon']:.2f} at delta {value['delta']:g} for each {privacy.unit} of each hospital, by its own ledger: "
+        f"DP-SGD, {plan.rounds * event.steps} steps, sample rate {event.sample_rate:g}, clip {privacy.max_grad_norm:g}, noise "
+        f"multiplier {event.noise_multiplier:g}\n"
+        "it covers the models, not the validation Dice nor the declared patients; a patient of two hospitals pays in both"
+    )

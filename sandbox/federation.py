@@ -25,7 +25,6 @@ POLICY = {
     "metrics": "per_silo",
     "allow_without_privacy": True,
     "epsilon_cap": 10.0,
-    "allow_seeded_noise": True,
 }
 READY_S = 60.0
 PROGRESS = """
@@ -47,7 +46,10 @@ class Site:
 
 
 class Federation:
-    """One aggregator and its silos under `root`. Nothing runs until `set_up`; every program's log is `root`/NAME.log."""
+    """One aggregator and its silos under `root`. Nothing runs until `set_up`; every program's log is `root`/NAME.log.
+
+    `seed` draws which patients validate and test, nothing else: what the hospitals' noise comes from is their operating system's.
+    """
 
     def __init__(
         self, root: Path, programs: Programs, sites: list[Site], mlflow: str | None = None, seed: int | None = None
@@ -135,8 +137,7 @@ class Federation:
         return tool("aggregator", "--config", str(self.root / "aggregator.yaml"), "serve")
 
     def silo_command(self, silo: str) -> list[str]:
-        seed = [] if self.seed is None else ["--seed", str(self.seed)]
-        return tool("silo-agent", "--config", str(self.silo_folder(silo) / "silo-agent.yaml"), "run", *seed)
+        return tool("silo-agent", "--config", str(self.silo_folder(silo) / "silo-agent.yaml"), "run")
 
     def start_aggregator(self) -> None:
         self.aggregator = self.programs.start("aggregator", self.aggregator_command(), self.root / "aggregator.log")

@@ -24,7 +24,7 @@ class Scanner:
     field_strength_t: float
     transfer_syntax: UID
     matrix: int  # rows and columns
-    num_slices: int
+    num_slices: int  # few: privacy needs patients by the hundred, and reading them takes time by the slice
     slice_thickness_mm: float
     tilt_degrees: float  # about the left-right axis: the stack is oblique
     top_first: bool  # slices are numbered from the head down
@@ -66,7 +66,7 @@ HOSPITALS = (
         institution="St Mary's Hospital (simulated)",
         scanner=Scanner(
             manufacturer="SIEMENS", model="MAGNETOM Vida", field_strength_t=3.0, transfer_syntax=ExplicitVRLittleEndian,
-            matrix=64, num_slices=10, slice_thickness_mm=4.0, tilt_degrees=0.0, top_first=False,
+            matrix=48, num_slices=2, slice_thickness_mm=4.0, tilt_degrees=0.0, top_first=False,
             contrast_exponent=1.0, inverted=False, bias=0.15, noise=0.03, blur_px=0.0, gain=900.0, rescale=(1.0, 0.0),
         ),
         segments=(Segment(GREY, "Grey matter"), Segment(WHITE, "White matter")),
@@ -77,8 +77,8 @@ HOSPITALS = (
         institution="Charité (simulated)",
         scanner=Scanner(
             manufacturer="Philips Medical Systems", model="Ingenia", field_strength_t=1.5, transfer_syntax=RLELossless,
-            matrix=72, num_slices=10, slice_thickness_mm=5.0, tilt_degrees=5.0, top_first=False,
-            contrast_exponent=2.0, inverted=False, bias=0.45, noise=0.07, blur_px=0.6, gain=1500.0, rescale=(0.5, 0.0),
+            matrix=48, num_slices=2, slice_thickness_mm=5.0, tilt_degrees=5.0, top_first=False,
+            contrast_exponent=2.0, inverted=False, bias=0.3, noise=0.05, blur_px=0.6, gain=1500.0, rescale=(0.5, 0.0),
         ),
         segments=(Segment(GREY, "Graue Substanz"), Segment(WHITE, "Weiße Substanz")),
         binding=(("grey", "SCT:389081007"), ("white", "SCT:389080008")),
@@ -88,7 +88,7 @@ HOSPITALS = (
         institution="UZ Leuven (simulated)",
         scanner=Scanner(
             manufacturer="GE MEDICAL SYSTEMS", model="SIGNA Premier", field_strength_t=3.0, transfer_syntax=JPEG2000Lossless,
-            matrix=60, num_slices=10, slice_thickness_mm=3.0, tilt_degrees=0.0, top_first=True,
+            matrix=48, num_slices=2, slice_thickness_mm=3.0, tilt_degrees=0.0, top_first=True,
             contrast_exponent=1.0, inverted=True, bias=0.25, noise=0.05, blur_px=0.0, gain=2400.0, rescale=(1.0, 0.0),
         ),
         segments=(Segment(WHITE, "witte stof"), Segment(GREY, "grijze stof")),

@@ -47,7 +47,7 @@ class Haunted(Federation):
         return self._haunted("aggregator", super().aggregator_command())
 
     def silo_command(self, silo: str) -> list[str]:
-        return self._haunted(silo, super().silo_command(silo))
+        return self._haunted(silo, [*super().silo_command(silo), "--seed", str(SEED)])
 
     def _haunted(self, name: str, command: list[str]) -> list[str]:
         program, *arguments = command
@@ -64,6 +64,8 @@ class Haunted(Federation):
         bound = settings["datasets"]["brain-t1"]
         settings["datasets"] |= {f"without-{other}": bound for other in NAMES if other != silo}
         file.write_text(yaml.safe_dump(settings))
+        with (folder / "policy.yaml").open("a") as policy:
+            policy.write("allow_seeded_noise: true\n")
         super().start_silo(silo)
 
     def set_up(self) -> None:

@@ -21,22 +21,13 @@ NUM_PATIENTS = 12
 PATIENCE_S = 400.0
 
 
-class Unseeded(Federation):
-    """The seed draws which patients validate and test; noise and batches come from each agent's operating system."""
-
-    def silo_command(self, silo: str) -> list[str]:
-        *command, option, _ = super().silo_command(silo)
-        assert option == "--seed"
-        return command
-
-
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     folder = tmp_path_factory.mktemp("private")
     images = write_hospitals(folder / "dicom", HOSPITALS, NUM_PATIENTS, seed=1)
     with Programs() as programs:
         sites = [Site(h.name, images[h.name], dict(h.binding), NUM_PATIENTS) for h in HOSPITALS]
-        federation = Unseeded(folder / "federation", programs, sites, seed=7)
+        federation = Federation(folder / "federation", programs, sites, seed=7)
         federation.set_up()
         yield federation
 

@@ -21,7 +21,7 @@ def test_keys_that_others_read() -> None:
 
 
 def test_hooks_and_ghost_clip_alike() -> None:
-    batch = new_batch(THE_PLAN, 20)  # more than ROWS_AT_ONCE
+    batch = new_batch(THE_PLAN, 40)  # more than ROWS_AT_ONCE
     by_hooks = flat(hooks(new_network(THE_PLAN), batch, 0.5, SILENT)())
     by_ghost = flat(ghost(new_network(THE_PLAN), 0.5)(batch))
     assert by_hooks.norm() > 1
@@ -29,8 +29,8 @@ def test_hooks_and_ghost_clip_alike() -> None:
 
 
 def test_without_clip_and_noise_a_private_step_is_the_plain_one() -> None:
-    batch = new_batch(THE_PLAN, 20)
-    by_hooks = flat(hooks(new_network(THE_PLAN), batch, 1e6, SILENT / 1e6)()) / 20
+    batch = new_batch(THE_PLAN, 40)
+    by_hooks = flat(hooks(new_network(THE_PLAN), batch, 1e6, SILENT / 1e6)()) / 40
     expected = flat(plain(new_network(THE_PLAN), batch))
     assert torch.allclose(by_hooks, expected, atol=1e-5 * float(expected.norm()))
 
