@@ -1,13 +1,14 @@
 # Two commands are enough: make demo, make test. Both set up everything first (scripts/setup), which takes no time when nothing changed.
 .DEFAULT_GOAL := help
 SEED ?= 1
-.PHONY: help setup demo mlflow demo-result demo-clean test test-cluster test-browser pictures check lint lock
+.PHONY: help setup demo mlflow federation demo-result demo-clean test test-cluster test-browser pictures check lint lock
 
 help:
 	@echo "Wardround: train one medical imaging model across hospitals; the data stays, the model goes round."
 	@echo
-	@echo "  make demo         three hospitals, an aggregator and MLflow on this machine; ends with one table"
+	@echo "  make demo         three hospitals, an aggregator and MLflow on this machine; ends with one table (SEED=1)"
 	@echo "  make mlflow       open MLflow over the newest demo: rounds, curves, lineage"
+	@echo "  make federation   the newest demo's hospitals, aggregator and MLflow up again, to submit a plan of your own"
 	@echo "  make demo-result  result.json of the newest demo; with -s nothing else is printed, for programs"
 	@echo "  make demo-clean   remove the demo's folder: hospitals, keys, runs"
 	@echo "  make test         everything that must hold: lint, then every test, whole federations too"
@@ -28,6 +29,9 @@ demo: setup
 
 mlflow: setup
 	@.venv/bin/python -m sandbox mlflow
+
+federation: setup
+	@.venv/bin/python -m sandbox federation
 
 demo-result:
 	@cat demo/result.json 2>/dev/null || { echo "no result yet: run make demo first" >&2; exit 1; }

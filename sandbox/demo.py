@@ -32,6 +32,9 @@ PLAN = Path(__file__).parents[1] / "configs" / "plans" / "brain-tissue.yaml"
 NUM_PATIENTS = 1000  # a hospital: 700 train, 150 validate, 150 test, as its own key draws them
 DECLARED_PATIENTS = 700
 LOOK_S = 1.0
+MEASURE = (
+    "mean Dice of the classes on test patients; local: a hospital's own model everywhere, local_at_home: on its own; " + SIMULATED
+)
 MLFLOW_S = 60.0
 
 
@@ -51,6 +54,8 @@ class Learned:
 def demo(root: Path, seed: int) -> dict[str, Any]:
     """The whole demo under `root`, which is emptied first. Returns what result.json holds."""
     console = Console(highlight=False)
+    if (root / "result.json").exists():
+        console.print(f"{root.name}/ is made anew: the run, the model and the MLflow of the demo before are removed")
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     plan = load_plan(PLAN)
@@ -60,9 +65,10 @@ def demo(root: Path, seed: int) -> dict[str, Any]:
         learned = _federate(console, root, plan, folders, seed)
         console.print("baselines, all without privacy: this federation, all data in one place, each hospital alone; same steps")
         judged = lambda name: console.print(f"  {name}: judged on test patients")  # noqa: E731
-        found = compare(plan, learned.parameters, learned.snapshots, DECLARED_PATIENTS, seed, judged)
+        with console.status("training and judging"):
+            found = compare(plan, learned.parameters, learned.snapshots, DECLARED_PATIENTS, seed, judged)
     seconds = time.monotonic() - started
-    value = result(plan, learned, found, seconds, memory.peak_bytes)
+    value = result(plan, seed, learned, found, seconds, memory.peak_bytes)
     (root / "result.json").write_text(json.dumps(value, indent=2) + "\n")
     show(console, plan, value)
     return value
@@ -89,16 +95,18 @@ def _federate(console: Console, root: Path, plan: Plan, folders: dict[str, Path]
         with Programs() as programs:
             federation = Federation(root / "federation", programs, sites, f"http://127.0.0.1:{port}", seed)
             console.print("enrolment: operator key, aggregator, one token a hospital, signed roster")
-            federation.set_up()
-            run = federation.submit(PLAN)
+            with console.status("each by the command that people type"):
+                federation.set_up()
+                run = federation.submit(PLAN)
             steps = f"{plan.rounds} rounds of {plan.training.steps} steps"
             console.print(f"run {run}: {steps} under differential privacy, summed under encryption")
             completed = _watch(console, federation, run, plan)
-            wait_for_mlflow(mlflow, port)
-            verified = _verify(federation)
-            snapshots, parameters = _left_behind(federation, run, plan)
-            ledgers = _ledgers(federation)
-            wait_until(lambda: federation.show(run)["in_mlflow"], "the run to be in MLflow", MLFLOW_S, programs)
+            with console.status("verifying the audit chains, waiting for MLflow"):
+                wait_for_mlflow(mlflow, port)
+                verified = _verify(federation)
+                snapshots, parameters = _left_behind(federation, run, plan)
+                ledgers = _ledgers(federation)
+                wait_until(lambda: federation.show(run)["in_mlflow"], "the run to be in MLflow", MLFLOW_S, programs)
     finally:
         stop_mlflow(mlflow)
     return Learned(run, completed, verified, snapshots, parameters, ledgers)
@@ -107,29 +115,29 @@ def _federate(console: Console, root: Path, plan: Plan, folders: dict[str, Path]
 def _watch(console: Console, federation: Federation, run: str, plan: Plan) -> int:
     """A line per measured model until the run ends. Returns the number of rounds that trained. Raises WardroundError when it
     fails. `run show` is a program that starts, a second of one core: it is asked only when there is something to say."""
-    shown, situation, seen = 0, "", None
-    while True:
-        federation.programs.check()
-        phase, num_answers, completed = federation.progress(run)
-        news = phase, num_answers, (completed - 1) // plan.validate_every  # a model's measures come with the next round
-        if news == seen:
-            time.sleep(LOOK_S)
-            continue
-        seen, state = news, federation.show(run)
-        for total in state["completed"]:
-            if total["round"] > shown and "dice" in total["means"]:
-                shown = total["round"]
-                measured = f"model of round {shown - 1:>3}/{plan.rounds}"
-                console.print(
-                    f"  {measured}: validation Dice {total['means']['dice']:.3f}, {len(total['in_sum'])} hospitals in the sum"
-                )
-        if state["phase"] == "pending" and state["situation"] != situation:
-            situation = state["situation"]
-            console.print(f"  {situation}")
-        if state["phase"] == "completed":
-            return min(len(state["completed"]), plan.rounds)
-        if state["phase"] in ("failed", "aborted"):
-            raise WardroundError(f"the run ended as {state['phase']}: {state['situation']}")
+    shown, seen = 0, None
+    with console.status("the hospitals read their DICOM and rebuild the public start, then join") as status:
+        while True:
+            federation.programs.check()
+            phase, num_answers, completed = federation.progress(run)
+            if completed:
+                status.update(f"model of round {completed - 1}/{plan.rounds}")
+            news = phase, num_answers, (completed - 1) // plan.validate_every  # a model's measures come with the next round
+            if news == seen:
+                time.sleep(LOOK_S)
+                continue
+            seen, state = news, federation.show(run)
+            for total in state["completed"]:
+                if total["round"] > shown and "dice" in total["means"]:
+                    shown = total["round"]
+                    measured = f"model of round {shown - 1:>3}/{plan.rounds}"
+                    console.print(
+                        f"  {measured}: validation Dice {total['means']['dice']:.3f}, {len(total['in_sum'])} hospitals in the sum"
+                    )
+            if phase == "completed":
+                return min(len(state["completed"]), plan.rounds)
+            if phase in ("failed", "aborted"):
+                raise WardroundError(f"the run ended as {phase}: {state['situation']}")
 
 
 def _verify(federation: Federation) -> bool:
@@ -164,11 +172,14 @@ def _left_behind(federation: Federation, run: str, plan: Plan) -> tuple[dict[str
     return snapshots, parameters
 
 
-def result(plan: Plan, learned: Learned, found: Comparison, seconds: float, peak_bytes: int) -> dict[str, Any]:
+def result(plan: Plan, seed: int, learned: Learned, found: Comparison, seconds: float, peak_bytes: int) -> dict[str, Any]:
     """result.json. Every Dice but `federated` and `local_at_home` of a silo is the mean over all hospitals' test patients."""
     layout = layout_of(plan)
     worst = min(found.federated, key=lambda name: found.federated[name])
     return {
+        "run": learned.run,
+        "seed": seed,
+        "measure": MEASURE,
         "task": plan.task,
         "epsilon": max(ledger["epsilon"] for ledger in learned.ledgers.values()),
         "delta": max(ledger["delta"] for ledger in learned.ledgers.values()),
@@ -225,8 +236,9 @@ def show(console: Console, plan: Plan, value: Mapping[str, Any]) -> None:
     )
     say("\n".join(("audit chains verified; updates travelled encrypted (BFV)", *plan.caveats, SIMULATED)))
     say(f"{value['seconds']:.0f} s after the data was there, {value['peak_memory_bytes'] / 1e9:.1f} GB resident at most")
-    say(f"next: make mlflow, then experiment {FEDERATION}/{plan.name}: the curves, the parameters and the lineage of this run")
-    say("what each program keeps lies under demo/federation; look at it with, say,")
+    say(f"the model is models:/{plan.name}@released in MLflow, and at each hospital; to look further:")
+    say(f"  make mlflow        experiment {FEDERATION}/{plan.name}: its curves, parameters, lineage, model and privacy report")
+    say("  make federation    all of it up again, for a run of your own to compare")
     say("  .venv/bin/silo-agent --config demo/federation/silos/leuven/silo-agent.yaml ledger show")
 
 
