@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -10,12 +11,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import yaml
 from mlflow import MlflowClient
 
 from sandbox.demo import NUM_PATIENTS, PLAN
-from sandbox.federation import FEDERATION, SIMULATED, free_port
-from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
+from sandbox.federation import FEDERATION, SIMULATED
+from sandbox.processes import call, tool
 from silo_agent.agent import SEEDED_NOTE
 from wardround.plan import UNMASKED, load_plan
 
@@ -24,14 +27,21 @@ REPOSITORY = Path(__file__).parents[2]
 HOSPITALS = {"st-marys", "charite", "leuven"}
 
 
+def sandbox(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """`python -m sandbox` with its demo in `folder`: a program of its own, as make starts it, so its memory is its own too."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "sandbox", *arguments]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    """The demo's folder, its result, and its screen. A program of its own, as `make demo` starts it: its memory is its own."""
+    """The demo's folder, its result, and its screen."""
     folder = tmp_path_factory.mktemp("demo")
-    command, environment = [sys.executable, "-m", "sandbox", "demo", "--seed", "1"], {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder / "demo", json.loads((folder / "demo" / "result.json").read_text()), done.stdout
+    process = sandbox(folder, "demo", "--seed", "1")
+    screen, trouble = process.communicate()
+    assert process.returncode == 0, trouble
+    return folder / "demo", json.loads((folder / "demo" / "result.json").read_text()), screen
 
 
 def test_the_federation_beats_a_hospital_alone_and_comes_close_to_pooling(told: tuple[Path, dict[str, Any], str]) -> None:
@@ -59,7 +69,7 @@ def test_what_it_cost_is_what_every_hospitals_ledger_says(told: tuple[Path, dict
 
 def test_the_result_has_what_others_read(told: tuple[Path, dict[str, Any], str]) -> None:
     _, value, screen = told
-    assert value["task"] == "segmentation"
+    assert (value["task"], value["run"], value["seed"]) == ("segmentation", "brain-tissue-1", 1)
     assert value["rounds_completed"] == load_plan(PLAN).rounds and value["audit_verified"] is True
     assert value["silos"].keys() == HOSPITALS and value["metric"]["worst_silo"] in HOSPITALS
     assert 0 < value["peak_memory_bytes"] <= 4e9
@@ -67,19 +77,42 @@ def test_the_result_has_what_others_read(told: tuple[Path, dict[str, Any], str])
     assert SIMULATED in screen and UNMASKED in screen and "make mlflow" in screen
 
 
-def test_mlflow_has_the_curve_and_says_what_the_patients_are(told: tuple[Path, dict[str, Any], str]) -> None:
-    plan, port = load_plan(PLAN), free_port()
-    process = start_mlflow(told[0] / "mlflow", port)
+def test_the_federation_comes_up_again_for_a_run_of_ones_own(told: tuple[Path, dict[str, Any], str]) -> None:
+    """With the curve and what the patients are in MLflow at its old address; meanwhile no other demo takes it away."""
+    folder, value, _ = told
+    plan, process = load_plan(PLAN), sandbox(told[0].parent, "federation")
     try:
-        client = MlflowClient(wait_for_mlflow(process, port))
+        assert process.stdout is not None
+        uri = process.stdout.readline().partition("MLFLOW_TRACKING_URI=")[2].split()[0]
+        assert uri == yaml.safe_load((folder / "federation" / "aggregator.yaml").read_text())["mlflow"]
+        client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(f"{FEDERATION}/{plan.name}")
+        assert experiment is not None
         run = next(run for run in client.search_runs([experiment.experiment_id]) if "mlflow.parentRunId" not in run.data.tags)
         curve = client.get_metric_history(run.info.run_id, "validation/dice")
         assert [point.step for point in curve] == sorted({*range(0, plan.rounds, plan.validate_every), plan.rounds})
         assert "simulated" in run.data.tags["mlflow.note.content"]
         assert run.data.params["training.mu"] == str(plan.training.mu)
+        rejected, trouble = sandbox(folder.parent, "demo").communicate()
+        assert not rejected and "demo/ is in use: end the `make demo`" in trouble and "Traceback" not in trouble
+        own = submit_a_shorter_run(folder)
+        assert own == "shorter-1" and value["run"] != own
     finally:
-        stop_mlflow(process)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert not [one for one in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(one.info["cmdline"] or ())]
+
+
+def submit_a_shorter_run(folder: Path) -> str:
+    """A plan of one's own on the demo's federation, to its end. Returns the run's name."""
+    shorter = yaml.safe_load(PLAN.read_text()) | {"name": "shorter", "rounds": 1, "release": "silos-only"}
+    shorter["privacy"]["epsilon"] = 1
+    (folder / "shorter.yaml").write_text(yaml.safe_dump(shorter))
+    aggregator = tool("aggregator", "--config", str(folder / "federation" / "aggregator.yaml"))
+    run = json.loads(call([*aggregator, "plan", "submit", str(folder / "shorter.yaml"), "--json"]))["run"]
+    call([*aggregator, "run", "watch", run])
+    assert json.loads(call([*aggregator, "run", "show", run, "--json"]))["phase"] == "completed"
+    return str(run)
 
 
 def test_no_identifier_of_a_patient_left_a_hospital(told: tuple[Path, dict[str, Any], str]) -> None:
