@@ -15,13 +15,15 @@ import typer
 from aggregator.control import check_fits, silo_rows
 from aggregator.run_cli import run_app
 from aggregator.telemetry import configure
-from aggregator.terminal import opened, person, print_rows, settings_of, when
+from aggregator.terminal import opened, person, print_rows, settings_of, tell_unserved, when
 from wardround.cli import Json, command_line, plan_facts, print_facts, run
 from wardround.errors import ConflictError, SettingsError, StorageError
 from wardround.keyfiles import write_secret
 from wardround.kube import ClusterApi
 from wardround.plan import load_plan
 from wardround.roster import draft
+
+SILENT_MS = 60_000  # since a silo was last seen: a poll lasts 25 s, so what it said then may no longer hold
 
 app = command_line("The aggregator of a federation: serve hospitals, submit plans, watch runs, let silos in.")
 plan_app = command_line("Plans: check one, submit one.")
@@ -137,6 +139,7 @@ def submit(context: typer.Context, file: Annotated[Path, typer.Argument(help="Th
     with opened(context) as found:
         active = check_fits(plan, found.store)
         name = found.store.submit(plan, person())
+        tell_unserved(found.store)
     print_facts({"run": name, "asked": active}, json_)
 
 
@@ -198,9 +201,12 @@ def silo_list(context: typer.Context, json_: Json = False) -> None:
       aggregator silo list
     """
     with opened(context) as found:
-        rows = silo_rows(found.store)
+        rows, now_ms = silo_rows(found.store), found.store.now_ms()
     for row in rows:
-        row["last_seen"] = when(row.pop("last_seen_ms"))
+        seen_ms = row.pop("last_seen_ms")
+        row["last_seen"] = when(seen_ms)
+        if not json_ and seen_ms is not None and now_ms > seen_ms + SILENT_MS and row["activity"]:
+            row["activity"] = f"silent; said last: {row['activity']}"
     print_rows("silos", rows, json_, ("silo", "standing", "version", "activity", "approved_roster", "last_seen"))
 
 

@@ -251,9 +251,11 @@ def situation(state: RunState, now_ms: int) -> str:
 
 
 def _moving(state: RunState, facts: Facts) -> str:
-    who = ", ".join(sorted(facts.waiting_for)) or "nobody"
+    who = ", ".join(sorted(facts.waiting_for))
     if facts.run is RunPhase.PENDING:
         blocked = "; ".join(cohort.unapproved(state).values())
+        if not who:
+            return f"{state.id} starts" + (f" ({blocked})" if blocked else "")
         verb = "joins" if len(facts.waiting_for) < 2 else "join"
         return f"{state.id} waits until {who} {verb}" + (f" ({blocked})" if blocked else "")
     if facts.releasing:
@@ -262,14 +264,16 @@ def _moving(state: RunState, facts: Facts) -> str:
     if facts.between:
         if state.epoch is None or not facts.keyed:
             return f"a new key epoch waits for the keys that {state.epoch.maker if state.epoch else 'its first member'} makes"
+        if not who:
+            return f"round {cohort.next_round(state)} of {facts.rounds} opens"
         return f"key epoch {state.epoch.number} waits until {who} acknowledged its keys"
-    what = {Phase.OPEN: "uploads", Phase.SEALED: "seals", Phase.EVALUATING: "reports"}.get(
-        facts.phase or Phase.COMPLETED, "nothing"
-    )
+    what = {Phase.OPEN: "uploads", Phase.SEALED: "seals", Phase.EVALUATING: "reports"}.get(facts.phase or Phase.COMPLETED)
     closing = " (closing)" if facts.round > facts.rounds else f" of {facts.rounds}"
     number = state.attempt.attempt if state.attempt else 1
     again = f", attempt {number}" if number > 1 else ""
-    return f"round {facts.round}{closing}{again} waits for {what} of {who}"
+    return f"round {facts.round}{closing}{again} " + (
+        f"waits for {what} of {who}" if what and who else "goes on: nobody is waited for"
+    )
 
 
 def _attempt(state: RunState) -> Attempt:

@@ -294,6 +294,11 @@ class Members:
             db.execute(sa.insert(table).values(name="driver", holder=holder, until_ms=now + ttl_ms))
         return True
 
+    def served(self) -> bool:
+        """Whether a server holds the lease. One that was killed holds it until it runs out."""
+        with self._database.read() as db:
+            return (db.execute(sa.select(schema.lease.c.until_ms)).scalar_one_or_none() or 0) > self.now_ms()
+
     def release_lease(self, holder: str) -> None:
         with self._write() as db:
             db.execute(sa.delete(schema.lease).where(schema.lease.c.holder == holder))

@@ -14,7 +14,7 @@ from aggregator.control import spent, standing
 from aggregator.privacy_report import as_html, as_markdown, report_of
 from aggregator.records import RunState
 from aggregator.store import ENDED, Store
-from aggregator.terminal import opened, person, print_rows, when
+from aggregator.terminal import opened, person, print_rows, tell_unserved, when
 from aggregator.views import run_view
 from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, print_comparison, print_facts
@@ -76,6 +76,8 @@ def run_watch(context: typer.Context, name: Run, json_: Json = False) -> None:
     Exit code 0 when it completed, 1 when it failed or was aborted.
     """
     with opened(context) as found:
+        if found.store.run(name).phase not in ENDED:
+            tell_unserved(found.store)
         phase = _watch_live(found.store, name) if sys.stdout.isatty() and not json_ else _watch_lines(found.store, name, json_)
     raise typer.Exit(0 if phase == "completed" else 1)
 
@@ -123,7 +125,8 @@ def run_abort(context: typer.Context, name: Run, json_: Json = False) -> None:
     """
     with opened(context) as found:
         found.store.request_abort(name, person())
-    print_facts({"run": name, "abort": "requested; the server ends it within seconds"}, json_)
+        soon = "once it runs" if tell_unserved(found.store) else "within seconds"
+    print_facts({"run": name, "abort": f"requested; the server ends it {soon}"}, json_)
 
 
 @run_app.command("pause")
@@ -143,6 +146,7 @@ def run_pause(
         raise UsageError("the reason is empty: say in one sentence why, for whoever looks at the run")
     with opened(context) as found:
         found.store.pause(name, told, person())
+        tell_unserved(found.store)
     print_facts({"run": name, "paused": told, "next": f"aggregator run resume {name}"}, json_)
 
 
@@ -156,6 +160,7 @@ def run_resume(context: typer.Context, name: Run, json_: Json = False) -> None:
     """
     with opened(context) as found:
         found.store.pause(name, "", person())
+        tell_unserved(found.store)
     print_facts({"run": name, "paused": "no"}, json_)
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from aggregator.config import Settings, load_settings
 from aggregator.folder import Opened
+from aggregator.store import Store
 from wardround.cli import print_facts
 
 
@@ -27,6 +28,14 @@ def opened(context: typer.Context) -> Iterator[Opened]:
         yield found
     finally:
         found.database.close()
+
+
+def tell_unserved(store: Store) -> bool:
+    """Says so on stderr, and True, where nobody is there to do what was asked."""
+    if store.served():
+        return False
+    sys.stderr.write("no aggregator is serving: it will be taken up when `aggregator serve` runs\n")
+    return True
 
 
 def person() -> str:

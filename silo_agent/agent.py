@@ -47,6 +47,7 @@ HELPER_CHECK_S = 1.0
 REPORTED = (Action.TRAIN, Action.ENCODE, Action.UPLOAD, Action.APPLY, Action.EVALUATE)  # how long they take leaves the hospital
 MAX_REASON_CHARS = 500  # of a Refusal; the aggregator takes one line of at most that
 SUM_REFUSED = "the published sum failed the check; the agent's log says how"
+QUOTING = ("waiting", "paused", "disconnected", "refused")  # activities whose detail is somebody's sentence
 SEEDED_NOTE = "randomness came from a seed: reproducible, not private"
 
 
@@ -149,8 +150,9 @@ class Agent:
 
     def _be(self, word: str, detail: str) -> None:
         """For `silo-agent status`; a disk that cannot keep it stops nothing."""
-        if f"{word} {detail}" != self._activity:
-            self._activity = f"{word} {detail}"
+        told = f"{word}{': ' if word in QUOTING else ' '}{detail}".rstrip()
+        if told != self._activity:
+            self._activity = told
             with suppress(StorageError):
                 self.state.set_activity(word, detail)
 

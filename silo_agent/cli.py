@@ -246,7 +246,7 @@ def status(context: typer.Context, json_: Json = False) -> None:
     facts: dict[str, Any] = {
         "silo": (state.meta("silo") or b"").decode(),
         "federation": (state.meta("federation") or b"").decode(),
-        "activity": "never started" if activity is None else f"{activity['word']}: {activity['detail']}",
+        "activity": "never started" if activity is None else f"{activity['word']}: {activity['detail']}".removesuffix(": "),
         "roster_version": approved.version if approved else 0,
         "certificate_ends": tls.load_certificate(keys.tls_material()[1]).not_valid_after_utc.isoformat(timespec="minutes"),
         "aggregator_audit_head": head["seq"] if head else 0,

@@ -83,17 +83,23 @@ def _soon(a: Side, b: Side) -> dict[str, Any]:
 
 def _caveats(a: Side, b: Side) -> Sequence[str]:
     said = [ONE_RUN_EACH, "validation patients of the hospitals themselves, means to 3 decimals; no outside test"]
-    if a.hospitals.keys() != b.hospitals.keys():
+    none_yet = [side.run for side in (a, b) if not side.hospitals]
+    said += [f"no hospital has joined {run}: there is nothing to compare yet" for run in none_yet]
+    if not none_yet and a.hospitals.keys() != b.hospitals.keys():
         ours, theirs = (", ".join(sorted(side.hospitals)) for side in (a, b))
         said.append(f"other hospitals, {ours} against {theirs}: measured on other patients")
-    elif a.hospitals != b.hospitals:
+    elif not none_yet and a.hospitals != b.hospitals:
         said.append("a hospital declared other facts about its data: the patients may not be the same")
     for key in ("dataset", "classes", "task"):
         if _differs(a, b, key):
             said.append(f"the plans differ in {key}: the measures do not measure the same")
     said += [f"{side.run} lost hospitals: {side.degraded}" for side in (a, b) if side.degraded]
-    said += [f"{side.run} has {side.phase}: it is no finished run" for side in (a, b) if side.phase != "completed"]
+    said += [f"{side.run} {_standing(side.phase)}: it is no finished run" for side in (a, b) if side.phase != "completed"]
     return said
+
+
+def _standing(phase: str) -> str:
+    return f"has {phase}" if phase in ("failed", "aborted") else f"is {phase}"
 
 
 def as_text(found: Mapping[str, Any]) -> str:
@@ -107,7 +113,8 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines += [f"| {name} | {_cell(pair['a'])} | {_cell(pair['b'])} | {_signed(pair['difference'])} |" for name, pair in rows]
     soon = found["rounds_to_95_percent"]
     if soon["dice"] is not None:
-        lines.append(f"| first measured round with dice {_cell(soon['dice'])} | {_cell(soon['a'])} | {_cell(soon['b'])} | |")
+        reached = f"round of the first measured model with dice {_cell(soon['dice'])}, {SHARE:.0%} of the lesser final one"
+        lines.append(f"| {reached} | {_cell(soon['a'])} | {_cell(soon['b'])} | |")
     own = [pair["difference"] for pair in found["hospitals"].values() if pair["difference"] is not None]
     if own:
         up, down = (sum(sign * d > 0 for d in own) for sign in (1, -1))

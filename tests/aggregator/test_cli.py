@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import structlog
 
-from aggregator import cli, run_cli
+from aggregator import cli, run_cli, schema
 from tests.aggregator.test_statements import at
 from tests.support.aggregator import TestAggregator, until
 from tests.support.plans import TINY, tiny
@@ -130,6 +131,34 @@ def test_abort_is_seen_by_the_server_and_watch_says_it_failed(aggregator: TestAg
     assert code == 1 and json.loads(out.splitlines()[-1])["situation"] == "tiny-1 has aborted: the coordinator aborted it"
 
 
+def test_a_command_for_a_server_that_is_down_says_so(aggregator: TestAggregator, command: Any) -> None:
+    told = "no aggregator is serving: it will be taken up when `aggregator serve` runs\n"
+    aggregator.hospitals()
+    until(aggregator.store.served)
+    assert command("plan", "submit", "plan.yaml", "--json")[2] == ""
+    assert command("run", "pause", "tiny-1", "a holiday")[2] == command("run", "resume", "tiny-1")[2] == ""
+    aggregator.stop()
+    code, out, err = command("plan", "submit", "plan.yaml", "--json")
+    assert (code, json.loads(out)["run"], err) == (0, "tiny-2", told)
+    assert command("run", "pause", "tiny-2", "a holiday")[2] == command("run", "resume", "tiny-2")[2] == told
+    code, out, err = command("run", "abort", "tiny-1")
+    assert (code, err) == (0, told) and "requested; the server ends it once it runs" in out
+    aggregator.start()
+    until(lambda: aggregator.store.run("tiny-1").phase == "aborted")
+    assert command("run", "watch", "tiny-1") == (1, "tiny-1 has aborted: the coordinator aborted it\n", "")
+    assert "within seconds" in command("run", "abort", "tiny-2")[1]
+
+
+def test_watching_a_run_that_nobody_moves_says_so(
+    aggregator: TestAggregator, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aggregator.hospitals()
+    name = aggregator.submit(tiny())
+    aggregator.stop()
+    monkeypatch.setattr(run_cli, "_watch_lines", lambda *_: "running")  # or it would wait for a server
+    assert command("run", "watch", name)[2].startswith("no aggregator is serving")
+
+
 def test_pause_with_a_reason_and_resume(aggregator: TestAggregator, command: Any) -> None:
     silos = aggregator.hospitals()
     name = aggregator.submit(tiny())
@@ -151,6 +180,17 @@ def test_silos_and_their_tokens(aggregator: TestAggregator, command: Any, tmp_pa
     assert command("silo", "revoke", "charite")[0] == 0
     assert "revoked" in command("silo", "list")[1]
     assert command("silo", "revoke", "nobody")[2].startswith("error (usage): no silo")
+
+
+def test_what_a_silent_silo_said_last_is_told_as_the_past(aggregator: TestAggregator, command: Any) -> None:
+    aggregator.hospitals(("charite",))
+    aggregator.store.seen("charite", "0.1.0", "waiting: round 1 of 2 waits for uploads of charite", 1, 0)
+    assert "silent" not in command("silo", "list")[1]
+    with aggregator.opened.database.write() as db:
+        db.execute(sa.update(schema.silos).values(last_seen_ms=aggregator.store.now_ms() - cli.SILENT_MS - 1))
+    told = " ".join(command("silo", "list")[1].replace("│", " ").split())
+    assert "silent; said last: waiting: round 1 of 2" in told
+    assert json.loads(command("silo", "list", "--json")[1])["silos"][0]["activity"].startswith("waiting: round 1 of 2")
 
 
 def test_a_roster_that_nobody_signed(aggregator: TestAggregator, command: Any, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_paused_silo_joins_nothing_trains_nothing_and_says_why(world: World) -
     assert world.due(world.invited()) == "no new run" and world.client.sent == 0
     world.agent.inbox.changed.set()
     world.agent.perform(next_row(world.state.facts(RUN), world.agent._offered(world.invited())), world.invited())
-    assert world.agent._request().activity == "paused the scanner moves"
+    assert world.agent._request().activity == "paused: the scanner moves"
     world.state.pause("")
     world.joined()
     world.steps(world.open(), "evaluate")

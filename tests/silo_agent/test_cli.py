@@ -93,6 +93,11 @@ def test_status_says_what_runs_and_why_something_was_refused(hospital: Hospital,
     assert "tiny-1: refusing, no model yet, key epoch 0; this hospital takes no models of the heart" in text
 
 
+def test_status_of_a_stopped_agent_ends_in_no_colon(hospital: Hospital, typed: Typed) -> None:
+    hospital.state.set_activity("stopped", "")
+    assert json.loads(typed("status", "--json")[1])["activity"] == "stopped"
+
+
 def test_status_says_why_a_run_ended_with_its_keys(hospital: Hospital, typed: Typed) -> None:
     hospital.state.judged("tiny-1", TINY.encode(), b"p" * 32, None, "")
     halt = pb.Signed(message="halt", body=pb.Halt(run="tiny-1", round=3, reason="it failed the check").SerializeToString())

@@ -46,6 +46,7 @@ def test_the_text_says_what_the_facts_say() -> None:
     assert "| validation dice | 0.8 | 0.84 | +0.04 |" in text
     assert "| validation hd95_mm (lower is better) | 6 | 5.5 | -0.5 |" in text
     assert "| epsilon | none | 8 |  |" in text and "| upload bytes | 1,000 | 1,500 | +500 |" in text
+    assert "| round of the first measured model with dice 0.76, 95% of the lesser final one | 4 | 2 | |" in text
     assert "1 of 2 hospitals have a higher Dice in brain-2, 1 a lower one." in text
     assert "| training.mu | 0.0 | 0.1 |" in text and f"- {ONE_RUN_EACH}" in text
 
@@ -63,6 +64,9 @@ def test_what_cannot_be_compared_is_said() -> None:
     assert "other hospitals, charite, leuven against charite: measured on other patients" in said
     assert "differ in dataset: the measures do not measure the same" in said
     assert "brain-2 has failed" in said and "brain-2 lost hospitals: leuven in round 2" in said
+    pending = "\n".join(compare(A, replace(B, hospitals={}, curve={}, own={}, phase="pending"))["caveats"])
+    assert "no hospital has joined brain-2: there is nothing to compare yet" in pending and "other hospitals" not in pending
+    assert "brain-2 is pending: it is no finished run" in pending and "other facts" not in pending
     declared = replace(B, hospitals=A.hospitals | {"leuven": "sha256:3"})
     assert "declared other facts" in "\n".join(compare(A, declared)["caveats"])
 
