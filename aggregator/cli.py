@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from aggregator.control import check_fits, silo_rows
+from aggregator.control import check_fits, continued, parent_of, silo_rows
 from aggregator.run_cli import run_app
 from aggregator.telemetry import configure
 from aggregator.terminal import opened, person, print_rows, settings_of, tell_unserved, when
@@ -22,6 +22,7 @@ from wardround.keyfiles import write_secret
 from wardround.kube import ClusterApi
 from wardround.plan import load_plan
 from wardround.roster import draft
+from wardround.warm_start import cost_of
 
 SILENT_MS = 60_000  # since a silo was last seen: a poll lasts 25 s, so what it said then may no longer hold
 
@@ -120,23 +121,32 @@ def check(context: typer.Context, file: Annotated[Path, typer.Argument(help="The
     plan = load_plan(file)
     with opened(context) as found:
         active = check_fits(plan, found.store)
+        parent = parent_of(plan, found.store)
     unknown = "not asked: a hospital's policy and dataset are judged there, once the plan is submitted"
-    print_facts(plan_facts(plan) | {"active_silos": active, "each_silo": unknown}, json_)
+    facts = plan_facts(plan) | {"active_silos": active, "each_silo": unknown}
+    print_facts(facts | ({"start": cost_of(parent.plan, parent.id)} if parent else {}), json_)
 
 
 @plan_app.command()
-def submit(context: typer.Context, file: Annotated[Path, typer.Argument(help="The plan, YAML.")], json_: Json = False) -> None:
+def submit(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="The plan, YAML.")],
+    continue_: Annotated[str, typer.Option("--continue", help="Start from this run's released model, not plan.initial.")] = "",
+    json_: Json = False,
+) -> None:
     """Submit a plan: every active silo is asked, and the run starts when they have joined.
 
     \b
     Example:
       aggregator plan submit brain-tissue.yaml
       aggregator run watch brain-tissue-1
+      aggregator plan submit brain-tissue.yaml --continue brain-tissue-1
 
     One run moves at a time; a later one waits for it to end.
     """
     plan = load_plan(file)
     with opened(context) as found:
+        plan = continued(plan, continue_, found.store) if continue_ else plan
         active = check_fits(plan, found.store)
         name = found.store.submit(plan, person())
         tell_unserved(found.store)

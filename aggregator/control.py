@@ -20,19 +20,22 @@ from aggregator.driver import facts_of, situation
 from aggregator.records import RunState
 from aggregator.store import ENDED, Store
 from wardround.accounting import epsilon_after, round_event
-from wardround.errors import MessageError, PlanError, WardroundError
+from wardround.canonical import canonical_json, digest_name
+from wardround.errors import MessageError, PlanError, SettingsError, WardroundError
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import Plan, parse_plan
+from wardround.warm_start import check_parent
 
 MAX_LINE_BYTES = 1 << 20
 
 
 def check_fits(plan: Plan, store: Store) -> list[str]:
-    """Names of the active silos. Raises PlanError when they are too few or too many for the plan."""
+    """Names of the active silos. Raises PlanError when they are too few or too many for the plan, and as `parent_of` does."""
     roster = store.newest_roster()
     revoked = {silo.name for silo in store.silos() if silo.revoked_ms is not None}
     active = sorted(roster.active().keys() - revoked) if roster else []
     round_event(plan)  # a privacy section whose numbers cannot fit together is refused here
+    parent_of(plan, store)
     if len(active) < plan.aggregation.min_silos:
         raise PlanError(
             f"aggregation.min_silos is {plan.aggregation.min_silos}, the published roster has {len(active)} active "
@@ -44,6 +47,31 @@ def check_fits(plan: Plan, store: Store) -> list[str]:
             "must have headroom for all of them"
         )
     return active
+
+
+def parent_of(plan: Plan, store: Store) -> RunState | None:
+    """The run whose released model a plan starts from; None without one. Raises PlanError: none, or of another layout."""
+    if plan.parent is None:
+        return None
+    parent = store.released(plan.parent)
+    if parent is None:
+        raise PlanError(
+            f"initial.bundle: no run of this federation released {digest_name(plan.parent)}. `aggregator run show` names what a "
+            "run released, MLflow in the tag wardround.parameters_digest"
+        )
+    check_parent(plan, parent.plan, parent.id)
+    return parent
+
+
+def continued(plan: Plan, run: str, store: Store) -> Plan:
+    """`plan`, from the released model of `run` on. Raises SettingsError where that released none."""
+    bundle = store.run(run).bundle
+    if bundle is None:
+        raise SettingsError(
+            f"{run} released no model, so nothing can continue from it: only a run that completed under release: registry did"
+        )
+    digest = digest_name(pb.Bundle.FromString(bundle.body).parameters_digest)
+    return parse_plan(canonical_json(plan.model_dump(mode="json") | {"initial": {"bundle": digest}}))
 
 
 def silo_rows(store: Store) -> list[dict[str, Any]]:

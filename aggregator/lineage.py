@@ -201,7 +201,7 @@ def texts_of(view: RunView, previous: RunView | None) -> dict[str, str]:
 
 
 def tags_of(view: RunView) -> dict[str, str]:
-    return {
+    tags = {
         "mlflow.user": view.submitted_by,
         "mlflow.note.content": note_of(view),
         "wardround.phase": view.phase.value,
@@ -212,7 +212,12 @@ def tags_of(view: RunView) -> dict[str, str]:
         "wardround.version": view.version,
         "wardround.audit_head": digest_name(view.audit_head),
         "wardround.parent_model": view.parent_model,
-    } | ({"wardround.degraded": view.degraded[:MAX_TAG_CHARS]} if view.degraded else {})
+    }
+    if view.ancestors:
+        tags["wardround.parent_run"] = view.ancestors[0][0]
+    if view.degraded:
+        tags["wardround.degraded"] = view.degraded[:MAX_TAG_CHARS]
+    return tags
 
 
 def note_of(view: RunView) -> str:

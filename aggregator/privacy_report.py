@@ -44,6 +44,7 @@ def report_of(view: RunView) -> Report:
         (f"Privacy report of {view.run_id}", tuple(_head(view))),
         ("What left the hospitals, and who could read it", (_left(view),)),
         ("Who took part, and what it cost", tuple(_cost(view))),
+        *([("Models it starts from", tuple(_inherited(view)))] if view.ancestors else []),
         ("Key epochs", (_epochs(view),)),
         ("What is not covered", (NOT_COVERED,)),
         ("Caveats that everyone is told", (tuple(dict.fromkeys((*view.plan.caveats, *view.notes))) or "None.",)),
@@ -120,6 +121,18 @@ def _cost(view: RunView) -> Iterator[Block]:
             "round that it "
             "trained and whose update came too late costs its patients as much and is in its own ledger alone."
         )
+
+
+def _inherited(view: RunView) -> Iterator[Block]:
+    yield (
+        "Nothing above counts what these cost. A hospital that took part in one and in this run has both in its ledger, which adds "
+        "them up for the same patients; to one that did not, this run brings a model that tells of others' patients."
+    )
+    rows = []
+    for run, plan in view.ancestors:
+        bound = (f"{plan.privacy.epsilon:g}", f"{plan.privacy.delta:g}") if plan.privacy else ("unbounded", "")
+        rows.append((run, *bound, digest_name(plan.digest)))
+    yield Table(("run", "epsilon, at most", "delta", "plan"), tuple(rows))
 
 
 def _epochs(view: RunView) -> Table:

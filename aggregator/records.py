@@ -157,3 +157,4 @@ class Waiting:
     state: RunState | None = None
     sums: tuple[Sum, ...] = ()
     checkpoint: Sum | None = None  # the round whose model the newest key epoch's checkpoint holds
+    parent: RunState | None = None  # whose released model the run starts from, for a silo that has not answered yet

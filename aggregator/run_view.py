@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from aggregator.round import RunPhase
 from wardround.bundle import Released
-from wardround.plan import Plan
+from wardround.plan import Plan, WarmStart
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class RunView:
     datasets: tuple[DatasetView, ...] = ()
     rounds: tuple[RoundView, ...] = ()  # completed ones, oldest first
     model: ModelView | None = None
+    ancestors: tuple[tuple[str, Plan], ...] = ()  # (run, its plan) of the released models it starts from, the nearest first
 
     @property
     def measured(self) -> RoundView | None:
@@ -96,6 +97,8 @@ class RunView:
     def parent_model(self) -> str:
         """Where its first global model came from."""
         initial = self.plan.initial
+        if isinstance(initial, WarmStart):
+            return initial.bundle
         return f"seed {initial.seed}" + (f" and {initial.shapes_steps} steps on drawn shapes" if initial.shapes_steps else "")
 
 

@@ -87,10 +87,27 @@ class Store(Members):
             if state is None:
                 return Waiting(head, version)
             if silo not in state.joins:
-                return Waiting(head, version, state)
+                return Waiting(head, version, state, parent=self._released(db, state.plan.parent))
             after, restored = model_round if run == state.id else 0, self._checkpoint_round(state.epoch)
             checkpoint = tuple(self._sums(db, state.id, restored - 1, limit=1)) if after < restored else ()
-            return Waiting(head, version, state, tuple(self._sums(db, state.id, max(after, restored - 1))), *checkpoint)
+            return Waiting(
+                head, version, state, tuple(self._sums(db, state.id, max(after, restored - 1))), next(iter(checkpoint), None)
+            )
+
+    def released(self, parameters_digest: bytes | None) -> RunState | None:
+        """The newest run that released these arrays."""
+        with self._database.read() as db:
+            return self._released(db, parameters_digest)
+
+    def _released(self, db: sa.Connection, parameters_digest: bytes | None) -> RunState | None:
+        bundles = sa.select(_uploads.run).where(_uploads.round == 0, _uploads.attempt == 0, _uploads.state == "durable")
+        if parameters_digest is None:
+            return None
+        for row in db.execute(sa.select(schema.runs).where(_runs.id.in_(bundles)).order_by(_runs.seq.desc())):
+            bundle = self._bundle(db, row.id, self._said(db, row.id, 0, 0).get("bundle", {}))
+            if bundle is not None and pb.Bundle.FromString(bundle.body).parameters_digest == parameters_digest:
+                return self._read_state(db, row, None, self._head(db).head.seq)
+        return None
 
     def sums(self, run: str) -> list[Sum]:
         """Every published sum of a run, oldest first; the bytes of those before the newest checkpoint are gone."""
@@ -98,7 +115,7 @@ class Store(Members):
             return self._sums(db, run, 0, limit=1 << 30)
 
     def blob_size(self, digest: bytes, silo: str) -> int | None:
-        """Bytes of a published sum or a checkpoint, if this silo joined its run."""
+        """Bytes of a published sum or a checkpoint, if this silo joined its run; of a released bundle for every silo."""
         joined = sa.select(_statements.run).where(_statements.silo == silo, _statements.message == "answer")
         sums = sa.select(_attempts.sum_bytes).where(
             _attempts.sum_digest == digest, _attempts.published_ms.is_not(None), _attempts.run.in_(joined)
@@ -106,8 +123,11 @@ class Store(Members):
         checkpoints = sa.select(_uploads.num_bytes).where(
             _uploads.content_digest == digest, _uploads.round == 0, _uploads.state == "durable", _uploads.run.in_(joined)
         )
+        bundles = sa.select(_uploads.num_bytes).where(
+            _uploads.content_digest == digest, _uploads.round == 0, _uploads.attempt == 0, _uploads.state == "durable"
+        )
         with self._database.read() as db:
-            return db.execute(sums.union(checkpoints).limit(1)).scalar()
+            return db.execute(sums.union(checkpoints, bundles).limit(1)).scalar()
 
     def abandoned(self, run: str) -> list[Attempt]:
         query = sa.select(schema.attempts).where(_attempts.run == run, _attempts.phase == "abandoned")

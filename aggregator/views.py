@@ -16,6 +16,7 @@ from wardround.canonical import sha256
 from wardround.errors import IntegrityError
 from wardround.layout import layout_of
 from wardround.pb import federation_pb2 as pb
+from wardround.plan import Plan
 from wardround.release import split_content
 
 
@@ -81,7 +82,15 @@ def run_view(store: Store, run: str) -> RunView:
         datasets=tuple(DatasetView(silo, join.dataset_digest, join.declared_patients) for silo, join in joins.items()),
         rounds=tuple(_rounds(store.sums(run), state)),
         model=model_view(state),
+        ancestors=tuple(_ancestors(store, state.plan)),
     )
+
+
+def _ancestors(store: Store, plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """Ends where this store knows no further: a model's digest can name no later one."""
+    while (parent := store.released(plan.parent)) is not None:
+        plan = parent.plan
+        yield parent.id, plan
 
 
 def _rounds(sums: Sequence[Sum], state: RunState) -> Iterator[RoundView]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-from silo_agent import release, scrutiny
+from silo_agent import release, scrutiny, warm_start
 from silo_agent.algorithms.at_home import Home
 from silo_agent.algorithms.fedavg import Round
 from silo_agent.budget import Budget
@@ -36,7 +36,7 @@ from wardround import PROTOCOL, PROTOCOL_OLDEST, VERSION
 from wardround.accounting import Event
 from wardround.canonical import canonical_json, frame, sha256
 from wardround.chunks import num_chunks
-from wardround.errors import Disconnected, IntegrityError, MessageError, PolicyRefusal, StorageError, WardroundError
+from wardround.errors import Disconnected, IntegrityError, MessageError, PlanError, PolicyRefusal, StorageError, WardroundError
 from wardround.layout import checkpoint_bytes
 from wardround.messages import claimed, run_ctx, sign, statement_digest
 from wardround.pb import federation_pb2 as pb
@@ -194,6 +194,7 @@ class Agent:
             binding = self.settings.dataset(parsed.dataset)
             judge(self.policy, parsed)
             binding.check_classes(parsed.dataset, parsed.classes)
+            warm_start.check_offered(parsed, offer.parent)
             self.budget.reserve(offer.run, parsed, binding.declared_patients)
         except WardroundError as error:
             code, reason = error.code, _one_line(error)
@@ -217,8 +218,7 @@ class Agent:
         except WardroundError as error:
             if error.retryable or type(error) is WardroundError:
                 raise
-            self.budget.release(run.id)
-            self.state.refuse(run.id, error.code, _one_line(error))
+            self._decline(run, error)
             return
         self.state.snapshot_made(run.id, result.snapshot, result.patients)
         self.helpers["ingest"].stop()  # its libraries hold 0.7 GB; a run needs it once
@@ -226,10 +226,24 @@ class Agent:
 
     def _initialize(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
-        result = self._helped(offer, TrainerWork("initialize", run.plan))
-        model, exponents, home = run.learning.begin(result.values)
+        if run.plan.parent is None:
+            values = self._helped(offer, TrainerWork("initialize", run.plan)).values
+        else:
+            _, identities = self._members(offer.facts.roster_version)
+            try:
+                values = warm_start.parameters(run.plan, offer.parent, self.federation, identities, self._fetch_bundle)
+            except (PlanError, MessageError, IntegrityError) as error:
+                self._decline(run, error)
+                return
+        model, exponents, home = run.learning.begin(values)
         self.state.keep_home(run.id, 0, self._put_home(home))
         self._keep_model(run, 0, model, exponents, [], model_mac(initial_digest_key(run.id), run.layout, model.parameters))
+
+    def _decline(self, run: Run, error: WardroundError) -> None:
+        """A run that was accepted cannot be joined after all."""
+        self.budget.release(run.id)
+        self.state.refuse(run.id, error.code, _one_line(error))
+        log.warning("run declined", run=run.id, code=error.code, reason=_one_line(error))
 
     def _join(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
@@ -238,6 +252,7 @@ class Agent:
             model = self.state.model(run.id, 0)
             notes = [
                 *run.plan.caveats,
+                *warm_start.notes(offer.parent),
                 *([SEEDED_NOTE] if self.seed is not None else []),
                 *([binding.note] if binding.note else []),
             ]
@@ -540,6 +555,9 @@ class Agent:
                 f"the aggregator offers {total.num_bytes} bytes of round {total.facts.round}, not {num_bytes}: nothing is fetched"
             )
         return self.membership.dial().fetch(total.digest, num_bytes, self.spool)
+
+    def _fetch_bundle(self, closing: pb.Sum) -> bytes:
+        return self.membership.dial().fetch(closing.digest, closing.num_bytes, self.spool)
 
     def _model(self, run: Run, round_: int) -> GlobalModel:
         return GlobalModel.load(self.spool.get(self.state.model(run.id, round_)["state"]), run.layout)

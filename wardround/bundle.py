@@ -287,6 +287,12 @@ def _measured(released: Released) -> list[str]:
 
 def privacy_sentence(plan: Plan) -> str:
     """What is promised to a patient, and for what."""
+    if plan.parent is None:
+        return _bound(plan)
+    return f"{_bound(plan)} This speaks of this run alone: it starts from a released model, and what that cost comes on top."
+
+
+def _bound(plan: Plan) -> str:
     privacy, event = plan.privacy, round_event(plan)
     if privacy is None or event is None:
         return (

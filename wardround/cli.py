@@ -20,6 +20,7 @@ from wardround.messages import SILO_NAME
 from wardround.plan import Plan, load_plan
 from wardround.roster import changes, operator_words, parse_draft, read_public_key, sign_roster, write_public_key
 from wardround.tracking import Tracking
+from wardround.warm_start import check_bundle
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -62,17 +63,26 @@ for name, group in (("plan", plan_app), ("operator", operator_app), ("roster", r
 
 
 @plan_app.command()
-def validate(file: Annotated[Path, typer.Argument(help="The plan, YAML.")], json_: Json = False) -> None:
+def validate(
+    file: Annotated[Path, typer.Argument(help="The plan, YAML.")],
+    bundle: Annotated[Path | None, typer.Option(help="Of a warm start: the bundle's folder, to hold the plan against.")] = None,
+    json_: Json = False,
+) -> None:
     """Check a plan and say what it will cost.
 
     \b
     Example:
       wardround plan validate configs/plans/brain-tissue.yaml
+      wardround plan validate next.yaml --bundle brain-tissue
 
     Exit code 2 and every problem by its key when the plan does not hold. Whether a hospital takes part is its own
     decision: aggregator plan check.
     """
-    facts = plan_facts(load_plan(file))
+    plan = load_plan(file)
+    facts = plan_facts(plan)
+    if bundle is not None:
+        check_bundle(plan, bundle)
+        facts["start"] = "the bundle's arrays are those that the plan names, and fit its network"
     print_facts(facts, json_)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, StringConstraints, Tag, ValidationError, model_validator
 
 from wardround import PROTOCOL, PROTOCOL_OLDEST
 from wardround.canonical import canonical_json, sha256
@@ -23,6 +23,7 @@ from wardround.training import ALGORITHMS, Server, Training, check_together
 
 MAX_PLAN_BYTES = 64 * 1024
 UNBOUNDED = "without privacy: nothing bounds what the model tells about one patient"
+INHERITED = "starts from a released model, whose own cost to patients is not in this run's epsilon: the ledgers add them up"
 UNMASKED = "one hospital together with the aggregator could read every update; masks come next"
 
 
@@ -34,6 +35,21 @@ class Initial(Part):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     shapes_steps: Annotated[int, Field(ge=0, le=10_000)] = 0
+
+
+class WarmStart(Part):
+    """The first global model is the released one of an earlier run of this federation (wardround/warm_start.py)."""
+
+    bundle: Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+    """The digest of its arrays, as the silos signed it: `parameters_digest` in the bundle's configs/metadata.json and in MLflow."""
+
+    @property
+    def parameters_digest(self) -> bytes:
+        return bytes.fromhex(self.bundle.removeprefix("sha256:"))
+
+
+def _how_it_starts(value: Any) -> str:
+    return "WarmStart" if isinstance(value, WarmStart) or (isinstance(value, dict) and "bundle" in value) else "Initial"
 
 
 class _Network(Part):
@@ -159,7 +175,7 @@ NETWORKS: tuple[Literal["UNet", "BasicUNet", "SegResNet", "ResNet18", "DenseNet1
     "ResNet18",
     "DenseNet121",
 )
-TAGS = (*NETWORKS, *ALGORITHMS)
+TAGS = (*NETWORKS, *ALGORITHMS, "Initial", "WarmStart")
 
 
 class Transform(Part):
@@ -234,7 +250,7 @@ class Plan(Part):
     task: Literal["segmentation"]
     dataset: Name
     classes: Annotated[tuple[Name, ...], Field(min_length=2, max_length=32)]
-    initial: Initial
+    initial: Annotated[Annotated[Initial, Tag("Initial")] | Annotated[WarmStart, Tag("WarmStart")], Discriminator(_how_it_starts)]
     model: Model
     data: Data
     training: Training
@@ -276,9 +292,14 @@ class Plan(Part):
         return sha256(b"wardround/plan/1" + self.canonical())
 
     @property
+    def parent(self) -> bytes | None:
+        """Digest of the arrays that a warm start begins from: 32 bytes; None without one."""
+        return self.initial.parameters_digest if isinstance(self.initial, WarmStart) else None
+
+    @property
     def caveats(self) -> tuple[str, ...]:
         """What everyone who looks at a run of this plan must be told, whatever else is said of it."""
-        return (UNMASKED,) if self.privacy else (UNMASKED, UNBOUNDED)
+        return (UNMASKED, *(() if self.privacy else (UNBOUNDED,)), *((INHERITED,) if self.parent else ()))
 
     def canonical(self) -> bytes:
         """The bytes that travel and that the digest covers."""

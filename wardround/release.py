@@ -5,14 +5,16 @@ What a silo's Bundle announces is `model.safetensors`, whose every byte follows 
 """
 
 import hashlib
-from pathlib import Path
+import json
+from typing import BinaryIO
 
 from wardround.canonical import canonical_json, frame
 from wardround.errors import IntegrityError, MessageError
-from wardround.layout import Layout
+from wardround.layout import Array, Layout
 
 ALIAS = "released"  # of the registered version that people take
 PIECE_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 20  # of a safetensors file: names, shapes and offsets
 MAX_TORCH_OVERHEAD_BYTES = 1 << 20  # of model.pt beside its arrays: names and offsets
 
 
@@ -43,6 +45,17 @@ def safetensors_header(layout: Layout) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def layout_in_safetensors(start: bytes) -> Layout:
+    """The arrays that the first bytes of a safetensors file announce, in the order of their offsets. Raises ValueError."""
+    size = int.from_bytes(start[:8], "little")
+    entries = json.loads(start[8 : 8 + size])
+    try:
+        named = sorted((of["data_offsets"][0], name, of["shape"]) for name, of in entries.items() if of["dtype"] == "F32")
+        return Layout(tuple(Array(name, tuple(shape)) for _, name, shape in named))
+    except (AttributeError, KeyError, TypeError, IndexError):
+        raise ValueError("no safetensors header of float32 arrays") from None
+
+
 def safetensors_bytes(layout: Layout) -> int:
     """Exact size of model.safetensors."""
     return len(safetensors_header(layout)) + layout.num_bytes
@@ -53,28 +66,25 @@ def max_content_bytes(layout: Layout) -> int:
     return safetensors_bytes(layout) + layout.num_bytes + MAX_TORCH_OVERHEAD_BYTES
 
 
-def check_content(path: Path, layout: Layout, digest: bytes) -> None:
+def check_content(file: BinaryIO, layout: Layout, digest: bytes) -> None:
     """Of a bundle's content: its arrays have the plan's names, order and shapes and the digest that silos reported, and are
     finite as those silos checked. Raises IntegrityError; MessageError when it ends before model.pt begins."""
     header, hasher = safetensors_header(layout), hashlib.sha256(_prefix(layout))
-    with path.open("rb") as file:
-        if file.read(len(header)) != header:
-            raise IntegrityError(
-                "the bundle's model.safetensors does not hold the arrays of the plan's layout, by name, order and shape: "
-                "nothing of it "
-                "is released; compare the software version of the silo that made it"
-            )
-        left = layout.num_bytes
-        while left and (piece := file.read(min(left, PIECE_BYTES))):
-            hasher.update(piece)
-            left -= len(piece)
-        if left or not file.read(1):
-            raise MessageError("the bundle ends before its model.pt begins")
+    if file.read(len(header)) != header:
+        raise IntegrityError(
+            "the bundle's model.safetensors does not hold the arrays of the plan's layout, by name, order and shape: nothing of it "
+            "is taken; compare the software version of the silo that made it"
+        )
+    left = layout.num_bytes
+    while left and (piece := file.read(min(left, PIECE_BYTES))):
+        hasher.update(piece)
+        left -= len(piece)
+    if left or not file.read(1):
+        raise MessageError("the bundle ends before its model.pt begins")
     if hasher.digest() != digest:
         raise IntegrityError(
-            "the arrays of the bundle are not those that the silos reported and signed: nothing of it is released; the "
-            "silo that made "
-            "it altered them, or its disk did"
+            "the arrays of the bundle are not those that the silos reported and signed: nothing of it is taken; whoever made or "
+            "kept it altered them, or a disk did"
         )
 
 

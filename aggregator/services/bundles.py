@@ -68,4 +68,5 @@ def finish_bundle(store: Store, blobs: Blobs, upload: Upload) -> None:
 
 def _check(path: Path, content: bytes, state: RunState, parameters: bytes) -> None:
     check_digest(path, digest=content)
-    check_content(path, layout_of(state.plan), parameters)
+    with path.open("rb") as file:
+        check_content(file, layout_of(state.plan), parameters)

@@ -33,6 +33,8 @@ def _of_run(state: RunState, waiting: Waiting, silo: str, federation: str, now_m
         made.facts.CopyFrom(keying_facts(state, federation))
     elif phase == pb.INVITED or attempt is None:
         made.facts.CopyFrom(_of_the_run_alone(state, federation))
+        if waiting.parent is not None:
+            made.parent.CopyFrom(_parent(waiting.parent))
     else:
         made.facts.CopyFrom(attempt.facts)
         made.joins.extend(state.joins[name] for name in attempt.cohort)
@@ -64,6 +66,17 @@ def _phase(state: RunState, silo: str, now_ms: int) -> pb.Phase:
     if bundle_maker(state, now_ms) == silo:
         return pb.RELEASING
     return _IN_COHORT.get(state.attempt.phase, pb.WAITING) if silo in state.attempt.cohort else pb.WAITING
+
+
+def _parent(state: RunState) -> pb.Parent:
+    """Of a run that released its model: what says so, and the bundle's bytes."""
+    attempt, bundle = state.attempt, state.bundle
+    if attempt is None or bundle is None:
+        raise AssertionError("a released model has a closing round and a bundle")
+    closing = published(Sum(attempt, {silo: state.headers[silo] for silo in attempt.u3}, state.reports))
+    body = pb.Bundle.FromString(bundle.body)
+    closing.digest, closing.num_bytes = body.content_digest, body.content_bytes
+    return pb.Parent(run=state.id, plan=state.plan_text, closing=closing)
 
 
 def _of_the_run_alone(state: RunState, federation: str) -> pb.Round:

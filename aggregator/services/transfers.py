@@ -110,7 +110,8 @@ class Transfers:
         total = self._store.blob_size(request.digest, caller.name)
         if total is None:
             raise MessageError(
-                f"no offer to {caller.name} names this blob: only published sums and checkpoints of runs it joined can be fetched"
+                f"no offer to {caller.name} names this blob: only published sums and checkpoints of runs it joined, and "
+                "released bundles, can be fetched"
             )
         if request.offset >= total:
             raise MessageError(f"the blob has {total} bytes: there is nothing at offset {request.offset}")

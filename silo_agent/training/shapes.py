@@ -19,19 +19,19 @@ from torch import nn
 
 from silo_agent.training.tasks import segmentation
 from wardround.canonical import frame, sha256
-from wardround.plan import Plan
+from wardround.plan import Initial, Plan
 
 BATCH = 16
 LEARNING_RATE, FIRST, SECOND, TINY = 0.01, 0.9, 0.999, 1e-8  # of Adam; the rate falls to zero over the steps, as half a cosine
 
 
-def learn_shapes(network: nn.Module, plan: Plan) -> None:
-    """Train a segmentation network, on the CPU and in place, for plan.initial.shapes_steps steps of Adam (Kingma & Ba 2015,
+def learn_shapes(network: nn.Module, plan: Plan, initial: Initial) -> None:
+    """Train a segmentation network, on the CPU and in place, for initial.shapes_steps steps of Adam (Kingma & Ba 2015,
     Algorithm 1). Written out: torch.optim imports torch's compiler."""
-    parameters, steps = list(network.parameters()), plan.initial.shapes_steps
+    parameters, steps = list(network.parameters()), initial.shapes_steps
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     for step in range(steps):
-        pairs = [draw(plan.data.patch, len(plan.classes), _random(plan.initial.seed, step, row)) for row in range(BATCH)]
+        pairs = [draw(plan.data.patch, len(plan.classes), _random(initial.seed, step, row)) for row in range(BATCH)]
         images, labels = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
         gradients = torch.autograd.grad(segmentation.loss(network(images[:, None]), labels), parameters)
         rate = LEARNING_RATE * 0.5 * (1 + cos(pi * step / steps)) * sqrt(1 - SECOND ** (step + 1)) / (1 - FIRST ** (step + 1))

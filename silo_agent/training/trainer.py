@@ -30,7 +30,7 @@ from silo_agent.work import TrainerResult, TrainerWork
 from wardround.canonical import frame, sha256
 from wardround.errors import DataError, MessageError
 from wardround.layout import trained_layout
-from wardround.plan import Plan, Privacy
+from wardround.plan import Initial, Plan, Privacy
 from wardround.training import learning_rate
 
 RANDOM_KEY_BYTES = 32
@@ -66,12 +66,15 @@ def handle(work: TrainerWork) -> TrainerResult:
 
 def start_of(plan: Plan) -> bytes:
     """The public initial model: from the seed alone, then trained on drawn shapes if the plan says so, always on the CPU."""
-    start = initial_parameters(trained_layout(plan), plan.initial.seed)
-    if plan.initial.shapes_steps == 0:
+    initial = plan.initial
+    if not isinstance(initial, Initial):
+        raise MessageError("this plan starts from a released model: there is nothing to initialize")
+    start = initial_parameters(trained_layout(plan), initial.seed)
+    if initial.shapes_steps == 0:
         return start
     prepare_device()
     network = network_of(plan, start, torch.device("cpu"))
-    learn_shapes(network, plan)
+    learn_shapes(network, plan, initial)
     return as_bytes(list(network.parameters()))
 
 

@@ -146,7 +146,7 @@ def test_arrays_that_are_not_the_reported_ones_are_not_released_and_the_next_sil
     content = bytearray(honest(charite, run))
     content[-len(b"model.pt") - 1] ^= 1
     lie = bundle(charite, run, bytes(content))
-    with pytest.raises(IntegrityError, match="not those that the silos reported and signed: nothing of it is released"):
+    with pytest.raises(IntegrityError, match="not those that the silos reported and signed: nothing of it is taken"):
         send(charite, lie)
     store = willing.aggregator.store
     (refused,) = recorded(willing, "bundle-refused")

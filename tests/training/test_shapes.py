@@ -46,7 +46,7 @@ def test_a_network_learns_from_them() -> None:
     pairs = [draw((32, 32), 3, np.random.default_rng([99, row])) for row in range(8)]
     images, labels = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
     before = loss(network(images[:, None]), labels).item()
-    learn_shapes(network, few)
+    learn_shapes(network, few, few.initial)
     assert loss(network(images[:, None]), labels).item() < before - 0.1
 
 

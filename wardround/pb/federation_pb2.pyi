@@ -309,7 +309,7 @@ class PollRequest(_message.Message):
     def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., software_version: _Optional[str] = ..., seen: _Optional[bytes] = ..., activity: _Optional[str] = ..., roster_version: _Optional[int] = ..., head_seq: _Optional[int] = ..., head_hash: _Optional[bytes] = ..., run: _Optional[str] = ..., model_round: _Optional[int] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("etag", "unchanged", "phase", "run", "plan", "facts", "joins", "uploads", "relayed", "sums", "head", "roster_version", "message", "checkpoint")
+    __slots__ = ("etag", "unchanged", "phase", "run", "plan", "facts", "joins", "uploads", "relayed", "sums", "head", "roster_version", "message", "checkpoint", "parent")
     ETAG_FIELD_NUMBER: _ClassVar[int]
     UNCHANGED_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -324,6 +324,7 @@ class Offer(_message.Message):
     ROSTER_VERSION_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
     etag: bytes
     unchanged: bool
     phase: Phase
@@ -338,7 +339,18 @@ class Offer(_message.Message):
     roster_version: int
     message: str
     checkpoint: Sum
-    def __init__(self, etag: _Optional[bytes] = ..., unchanged: _Optional[bool] = ..., phase: _Optional[_Union[Phase, str]] = ..., run: _Optional[str] = ..., plan: _Optional[bytes] = ..., facts: _Optional[_Union[Round, _Mapping]] = ..., joins: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., uploads: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., relayed: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., sums: _Optional[_Iterable[_Union[Sum, _Mapping]]] = ..., head: _Optional[_Union[AuditHead, _Mapping]] = ..., roster_version: _Optional[int] = ..., message: _Optional[str] = ..., checkpoint: _Optional[_Union[Sum, _Mapping]] = ...) -> None: ...
+    parent: Parent
+    def __init__(self, etag: _Optional[bytes] = ..., unchanged: _Optional[bool] = ..., phase: _Optional[_Union[Phase, str]] = ..., run: _Optional[str] = ..., plan: _Optional[bytes] = ..., facts: _Optional[_Union[Round, _Mapping]] = ..., joins: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., uploads: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., relayed: _Optional[_Iterable[_Union[Signed, _Mapping]]] = ..., sums: _Optional[_Iterable[_Union[Sum, _Mapping]]] = ..., head: _Optional[_Union[AuditHead, _Mapping]] = ..., roster_version: _Optional[int] = ..., message: _Optional[str] = ..., checkpoint: _Optional[_Union[Sum, _Mapping]] = ..., parent: _Optional[_Union[Parent, _Mapping]] = ...) -> None: ...
+
+class Parent(_message.Message):
+    __slots__ = ("run", "plan", "closing")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    CLOSING_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    plan: bytes
+    closing: Sum
+    def __init__(self, run: _Optional[str] = ..., plan: _Optional[bytes] = ..., closing: _Optional[_Union[Sum, _Mapping]] = ...) -> None: ...
 
 class Round(_message.Message):
     __slots__ = ("protocol", "federation", "round", "attempt", "plan_digest", "layout_digest", "bounds_digest", "he_digest", "key_epoch", "epoch_commitment", "roster_digest", "previous_model_mac", "ctx", "cohort", "cap", "roster_version", "deadline_unix_ms")
