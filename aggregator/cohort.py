@@ -23,9 +23,10 @@ def join_agreement(join: pb.Join) -> bytes:
 
 
 def report_agreement(report: pb.ModelReport) -> bytes:
-    """What all reports of a round must share: the sum, the new model, the next bounds, the cohort's means."""
+    """What all reports of a round must share: the sum, the new model, the next bounds, the means, where the stop rule is."""
     means = canonical_json(dict(report.means))
-    return sha256(frame(b"report", report.sum_digest, report.model_mac, report.bounds_digest, means))
+    progress = report.progress.SerializeToString(deterministic=True)
+    return sha256(frame(b"report", report.sum_digest, report.model_mac, report.bounds_digest, means, progress))
 
 
 def cap_of(state: RunState, cohort: tuple[str, ...]) -> int:
@@ -139,7 +140,7 @@ def next_facts(state: RunState, federation: str, deadline_ms: int) -> pb.Round:
 def released_model(state: RunState) -> tuple[bytes, tuple[str, ...]] | None:
     """(digest of the final model's arrays, the silos that signed it), once the closing round is complete and a quorum has."""
     attempt = state.attempt
-    if state.plan.release != "registry" or attempt is None or attempt.completed_ms is None or attempt.round <= state.plan.rounds:
+    if state.plan.release != "registry" or attempt is None or attempt.completed_ms is None or attempt.round <= state.last_round:
         return None
     signed: dict[bytes, list[str]] = {}
     for silo, report in reports_of(state).items():
@@ -156,7 +157,7 @@ def release_waits_for(state: RunState, now_ms: int) -> frozenset[str]:
     attempt = state.attempt
     if state.plan.release != "registry" or state.bundle is not None or attempt is None or attempt.completed_ms is None:
         return frozenset()
-    if state.phase != "running" or attempt.round <= state.plan.rounds:
+    if state.phase != "running" or attempt.round <= state.last_round:
         return frozenset()
     turn = (now_ms - attempt.completed_ms) // (1000 * state.plan.aggregation.deadline_s)
     released = released_model(state)
@@ -168,6 +169,17 @@ def release_waits_for(state: RunState, now_ms: int) -> frozenset[str]:
 def bundle_maker(state: RunState, now_ms: int) -> str | None:
     """Who is to make the bundle now."""
     return next(iter(release_waits_for(state, now_ms)), None) if released_model(state) is not None else None
+
+
+def stopped(state: RunState) -> str:
+    """Why a run ended before the plan's last round; else empty."""
+    rule, progress = state.plan.stop, state.progress
+    if rule is None or not progress.stopped_after:
+        return ""
+    return (
+        f"stopped by rule at round {progress.stopped_after}: {rule.metric} was not better than {progress.best:g} by "
+        f"{rule.min_delta:g} in {progress.waited} measured models"
+    )
 
 
 def unreleased(state: RunState) -> str:

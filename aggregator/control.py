@@ -99,7 +99,7 @@ def silo_rows(store: Store) -> list[dict[str, Any]]:
 
 def spent(state: RunState) -> str:
     """What the run has cost a patient so far, the round under way included, for people who look."""
-    epsilon = epsilon_after(state.plan, state.attempt.round if state.attempt else 0)
+    epsilon = epsilon_after(state.plan, state.attempt.round if state.attempt else 0, state.last_round)
     if epsilon is None or state.plan.privacy is None:
         return "unbounded"
     return f"{epsilon:.2f} of {state.plan.privacy.epsilon:g}"

@@ -131,7 +131,7 @@ class Driver:
     def _fold(self, _row: Row, state: RunState) -> None:
         attempt = _attempt(state)
         uploads = [state.uploads[silo] for silo in attempt.u3]
-        layout = layout_of(state.plan) if attempt.round <= state.plan.rounds else None
+        layout = layout_of(state.plan) if attempt.round <= state.last_round else None
         digests = [upload.content_digest for upload in uploads]
         self._store.folded(attempt, *self._folds.fold(digests, state.plan.aggregation.he, num_chunks(layout)))
 
@@ -145,7 +145,7 @@ class Driver:
         ROUNDS.inc()
 
     def _finish(self, _row: Row, state: RunState) -> None:
-        self._end(state, RunPhase.COMPLETED, cohort.unreleased(state))
+        self._end(state, RunPhase.COMPLETED, "; ".join(filter(None, (cohort.stopped(state), cohort.unreleased(state)))))
 
     def _fail(self, row: Row, state: RunState) -> None:
         self._end(state, RunPhase.FAILED, _why_failed(row, state))
@@ -210,7 +210,7 @@ def facts_of(state: RunState, now_ms: int) -> Facts:
     attempt, epoch = state.attempt, state.epoch
     base = Facts(
         run=RunPhase(state.phase),
-        rounds=state.plan.rounds,
+        rounds=state.last_round,
         min_silos=state.plan.aggregation.min_silos,
         active=state.active,
         joined={silo: cohort.join_agreement(joins[silo]) for silo in ready},

@@ -161,7 +161,7 @@ def _project(view: RunView, client: "MlflowClient", source: Source, known: RunVi
         client.log_batch(parent, params=params[start : start + PARAMS_PER_CALL])
     if view.datasets:
         client.log_inputs(parent, datasets=_datasets(view))
-    _log_points(client, parent, [point for r in rounds for point in points_of(view.plan, r)])
+    _log_points(client, parent, [point for r in rounds for point in points_of(view.plan, r, view.last_round)])
 
     children = []
     for silo in sorted({silo for r in (view.rounds if view.ended_ms else rounds) for silo in r.own}):
@@ -223,16 +223,17 @@ def tags_of(view: RunView) -> dict[str, str]:
 def note_of(view: RunView) -> str:
     """What a reader sees first: what ran, on whom, and every caveat. A silo's note is one line of at most MAX_NOTE_CHARS."""
     plan = view.plan
-    trained = sum(r.round <= plan.rounds for r in view.rounds)
+    trained = sum(r.round <= view.last_round for r in view.rounds)
+    what = f"{trained} of {plan.rounds} rounds" if plan.rounds else "a given model measured"
     lines = [
         f"{plan.task} of {', '.join(plan.classes[1:])} on {plan.dataset}: {plan.model.network}, {plan.training.algorithm}",
-        f"{view.phase.value}, {trained} of {plan.rounds} rounds" + (f": {view.reason}" if view.reason else ""),
+        f"{view.phase.value}, {what}" + (f": {view.reason}" if view.reason else ""),
     ]
     if view.rounds:
         lines.append(
             f"{view.rounds[-1].cohort_size} hospitals in the newest round; at least {plan.aggregation.min_silos} in every round"
         )
-    if (privacy := plan.privacy) is not None:
+    if (privacy := plan.privacy) is not None and plan.rounds:
         lines.append(f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for each patient and this whole run, by DP-SGD")
     if view.degraded:
         lines.append(f"hospitals were lost: {view.degraded}")
@@ -241,7 +242,7 @@ def note_of(view: RunView) -> str:
     return "\n".join(f"- {line}" for line in dict.fromkeys(lines))
 
 
-def points_of(plan: Plan, view: RoundView) -> Iterator[Point]:
+def points_of(plan: Plan, view: RoundView, last_round: int | None = None) -> Iterator[Point]:
     """A round's metrics. Means stand at the step of the model they measure, everything else at the round's."""
     yield from _measured("validation", plan, view.means, view.model_round_measured, view.committed_ms)
     values = {
@@ -252,7 +253,7 @@ def points_of(plan: Plan, view: RoundView) -> Iterator[Point]:
         "bytes/download": view.download_bytes,
         "update/saturated_fraction": view.saturated_fraction,
     } | {f"seconds/{phase}": value for phase, value in view.seconds.items() if phase in PHASES}
-    if (epsilon := epsilon_after(plan, view.round)) is not None:
+    if (epsilon := epsilon_after(plan, view.round, last_round)) is not None:
         values["privacy/epsilon"] = epsilon
     for key, value in values.items():
         yield Point(key, float(value), view.round, view.committed_ms)
@@ -260,7 +261,7 @@ def points_of(plan: Plan, view: RoundView) -> Iterator[Point]:
 
 def own_points_of(plan: Plan, view: RoundView, silo: str) -> Iterator[Point]:
     """One silo's metrics of this round's model, for its child run; none when its policy keeps them."""
-    yield from _measured("validation", plan, view.own.get(silo, {}), view.round, view.committed_ms)
+    yield from _measured("validation", plan, view.own.get(silo, {}), view.round if plan.rounds else 0, view.committed_ms)
 
 
 def _measured(prefix: str, plan: Plan, values: Mapping[str, float], step: int, committed_ms: int) -> Iterator[Point]:

@@ -60,7 +60,7 @@ def _head(view: RunView) -> Iterator[Block]:
     )
     yield privacy_sentence(plan)
     rows = [("submitted", _when(view.created_ms)), ("ended", _when(view.ended_ms)), ("submitted by", view.submitted_by)]
-    rows += [("rounds completed", f"{sum(r.round <= plan.rounds for r in view.rounds)} of {plan.rounds}")]
+    rows += [("rounds completed", f"{sum(r.round <= view.last_round for r in view.rounds)} of {plan.rounds}")]
     rows += [("plan", digest_name(plan.digest)), ("roster", digest_name(view.roster_digest))]
     rows += [("newest audit record", digest_name(view.audit_head))]
     rows += [("software", f"aggregator {view.version}, protocol {view.protocol}")]
@@ -69,7 +69,7 @@ def _head(view: RunView) -> Iterator[Block]:
 
 def _left(view: RunView) -> Table:
     plan, up = view.plan, sum(r.upload_bytes for r in view.rounds)
-    trained = [r for r in view.rounds if r.round <= plan.rounds]
+    trained = [r for r in view.rounds if r.round <= view.last_round]
     uploads, measured = sum(r.cohort_size for r in view.rounds), [r for r in view.rounds if r.means]
     own = sorted({silo for r in view.rounds for silo in r.own})
     noised = "each with the noise above" if plan.privacy else "without noise"
@@ -77,6 +77,8 @@ def _left(view: RunView) -> Table:
     parameters = 4 * layout_of(plan).num_parameters
     model = view.model
     final = ("the final model", "the silos alone", f"0; {parameters:,} bytes stay at the silos")
+    if plan.rounds == 0:
+        final = ("the model that was measured", "as its own run released it", "0")
     if model is not None and model.released:
         final = ("the final model", f"whoever may read MLflow; signed by {', '.join(model.signed_by)}", f"{parameters:,}")
     rows = [
@@ -105,10 +107,10 @@ def _cost(view: RunView) -> Iterator[Block]:
     lost = [silo for r in view.rounds for silo in r.missing]
     rows = []
     for data in view.datasets:
-        summed = sum(r.round <= plan.rounds for r in view.rounds) - sum(
-            data.silo in r.missing for r in view.rounds if r.round <= plan.rounds
+        summed = sum(r.round <= view.last_round for r in view.rounds) - sum(
+            data.silo in r.missing for r in view.rounds if r.round <= view.last_round
         )
-        spent, left = "unbounded", "unbounded"
+        spent, left = ("unbounded", "unbounded") if plan.rounds else ("0", "0")
         if event is not None and plan.privacy is not None:
             epsilon = pld_epsilon(Counter({event: summed}), plan.privacy.delta) if summed else 0.0
             spent, left = f"{epsilon:.3f}", f"{max(0.0, plan.privacy.epsilon - epsilon):.3f}"

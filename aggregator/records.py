@@ -12,6 +12,9 @@ from wardround.messages import EPOCH_ROUNDS
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import Plan
 from wardround.roster import Roster
+from wardround.stop import Progress
+
+NO_PROGRESS = Progress()
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,12 @@ class RunState:
     epoch: Epoch | None = None  # the newest
     bundle: pb.Signed | None = None  # of the final model, once it is here and its arrays are those that were reported
     halts: Mapping[str, pb.Signed] = field(default_factory=dict)
+    progress: Progress = NO_PROGRESS  # of the plan's stop rule, as the silos agreed on it after the newest completed round
+
+    @property
+    def last_round(self) -> int:
+        """That trains; the closing one follows."""
+        return self.progress.stopped_after or self.plan.rounds
 
     @property
     def roster(self) -> Roster:

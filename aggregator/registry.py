@@ -45,7 +45,7 @@ def log_model(client: "MlflowClient", experiment: str, run: str, view: RunView, 
         client.finalize_logged_model(model.model_id, "READY")
     outputs = client.get_run(run).outputs
     if outputs is None or model.model_id not in [output.model_id for output in outputs.model_outputs]:
-        client.log_outputs(run, [LoggedModelOutput(model.model_id, view.plan.rounds)])
+        client.log_outputs(run, [LoggedModelOutput(model.model_id, view.last_round)])
     return str(model.model_id)
 
 

@@ -79,6 +79,13 @@ class RunView:
     model: ModelView | None = None
     ancestors: tuple[tuple[str, Plan], ...] = ()  # (run, its plan) of the released models it starts from, the nearest first
 
+    stopped_after: int = 0  # the last round that trained, where the plan's stop rule ended the run
+
+    @property
+    def last_round(self) -> int:
+        """That trains; the closing one follows."""
+        return self.stopped_after or self.plan.rounds
+
     @property
     def measured(self) -> RoundView | None:
         """The newest round whose sum brought measures."""
@@ -110,8 +117,9 @@ def released_of(view: RunView) -> Released:
     means = view.rounds[-1].means if view.rounds else {}
     declared, versions = dict(model.declared), dict(model.versions)
     return Released(
-        view.federation, view.run_id, view.plan, model.parameters_digest, declared, means, view.notes, model.signed_by, versions
-    )
+        view.federation, view.run_id, view.plan, model.parameters_digest, declared, means, view.notes, model.signed_by, versions,
+        view.stopped_after,
+    )  # fmt: skip
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -19,6 +19,7 @@ from wardround.errors import ConflictError, MessageError, SettingsError, UsageEr
 from wardround.messages import run_ctx, statement_digest
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import Plan, parse_plan
+from wardround.stop import Progress
 
 __all__ = ["Stale", "Store", "on_fresh_state"]
 Result = TypeVar("Result")
@@ -282,7 +283,19 @@ class Store(Members):
             epoch=self._epoch(db, row.id),
             halts=of_run.get("halt", {}),
             bundle=self._bundle(db, row.id, of_run.get("bundle", {})),
+            progress=self._progress(db, attempt) if _cached_plan(row.plan.encode()).stop else Progress(),
         )
+
+    def _progress(self, db: sa.Connection, attempt: Attempt | None) -> Progress:
+        """Of the newest completed round up to `attempt`: all its reports say the same."""
+        if attempt is None:
+            return Progress()
+        round_ = attempt.round if attempt.completed_ms is not None else attempt.round - 1
+        for said in self._said_in(db, attempt.run, round_, round_).values():
+            for signed in said.get("model-report", {}).values():
+                told = pb.ModelReport.FromString(signed.body).progress
+                return Progress(told.measured, told.best, told.waited, told.stopped_after)
+        return Progress()
 
     @staticmethod
     def _bundle(db: sa.Connection, run: str, said: Mapping[str, pb.Signed]) -> pb.Signed | None:

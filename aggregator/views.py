@@ -83,6 +83,7 @@ def run_view(store: Store, run: str) -> RunView:
         rounds=tuple(_rounds(store.sums(run), state)),
         model=model_view(state),
         ancestors=tuple(_ancestors(store, state.plan)),
+        stopped_after=state.progress.stopped_after,
     )
 
 
@@ -103,9 +104,9 @@ def _rounds(sums: Sequence[Sum], state: RunState) -> Iterator[RoundView]:
 
 
 def model_view(state: RunState) -> ModelView | None:
-    """Of a run that completed."""
+    """Of a run that completed and trained."""
     attempt, reports = state.attempt, cohort.reports_of(state)
-    if state.phase != "completed" or attempt is None or not reports:
+    if state.phase != "completed" or attempt is None or not reports or state.plan.rounds == 0:
         return None
     mac = next(iter(reports.values())).model_mac
     declared = tuple((silo, pb.UploadHeader.FromString(state.headers[silo].body).declared_patients) for silo in attempt.u3)
@@ -126,7 +127,7 @@ def round_view(total: Sum, state: RunState, seen: set[str]) -> RoundView:
         for phase, value in report.seconds.items():
             seconds[phase] = max(value, seconds.get(phase, 0.0))
     sealed, folded, completed = attempt.sealed_ms or 0, attempt.folded_ms or 0, attempt.completed_ms or 0
-    layout = layout_of(state.plan) if attempt.round <= state.plan.rounds else None
+    layout = layout_of(state.plan) if attempt.round <= state.last_round else None
     return RoundView(
         round=attempt.round,
         attempt=attempt.attempt,

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -41,6 +41,7 @@ from wardround.layout import checkpoint_bytes
 from wardround.messages import claimed, run_ctx, sign, statement_digest
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import parse_plan
+from wardround.stop import Progress, advanced
 
 MIN_VALIDATION_PATIENTS = 10  # below it a silo adds nothing to the cohort's metrics: a mean over few patients says too much
 HELPER_CHECK_S = 1.0
@@ -158,12 +159,12 @@ class Agent:
 
     def _offered(self, offer: pb.Offer) -> Offered:
         row = self.state.run(offer.run)
-        plan = None if row is None or row["code"] is not None else Run(row).plan  # a refused plan may not even parse
+        run = None if row is None or row["code"] is not None else Run(row)  # a refused plan may not even parse
         ours = self._our_keys(offer)
         return Offered(
             phase=pb.Phase.Name(offer.phase),
             attempt=(offer.facts.round, offer.facts.attempt),
-            rounds=plan.rounds if plan else 0,
+            rounds=run.last_round if run else 0,
             in_cohort=self.silo in offer.facts.cohort,
             in_u3=self.silo in (signed.silo for signed in offer.uploads),
             summed_rounds=frozenset(
@@ -171,7 +172,7 @@ class Agent:
             ),
             epoch=offer.facts.key_epoch if offer.phase == pb.KEYING else 0 if ours is None else claimed(ours, pb.KeyEpoch).number,
             checkpoint_round=offer.checkpoint.facts.round,
-            validate_every=plan.validate_every if plan else 1,
+            validate_every=run.plan.validate_every if run else 1,
         )
 
     def _our_keys(self, offer: pb.Offer) -> pb.Signed | None:
@@ -300,7 +301,9 @@ class Agent:
         reported = Reported(total.facts.round, report.model_mac, report.bounds_digest)
         model, exponents = read_checkpoint(blob, reported, run.layout, keys)
         sources = {"ctx": total.facts.ctx, "sum_digest": report.sum_digest, "means": json.dumps(dict(report.means)), "reported": 1}
-        self._keep_model(run, total.facts.round, model, exponents, [], report.model_mac, **sources)
+        told = report.progress
+        progress = Progress(told.measured, told.best, told.waited, told.stopped_after) if run.plan.stop else None
+        self._keep_model(run, total.facts.round, model, exponents, [], report.model_mac, progress, **sources)
 
     def _halt(self, offer: pb.Offer) -> None:
         row = self.state.run(offer.run)
@@ -443,12 +446,20 @@ class Agent:
             exponents,
             list(sealable.headers),
             mac,
+            self._advanced(run, facts.round, checked.means),
             ctx=ctx,
             sum_digest=total.digest,
             means=json.dumps(checked.means),
             declared=json.dumps(sealable.declared),
             saturated=saturated,
         )
+
+    def _advanced(self, run: Run, round_: int, means: dict[str, float]) -> Progress | None:
+        """Of the plan's stop rule, if it has one; the plan's last round ends the run by itself."""
+        if run.plan.stop is None:
+            return None
+        before = self.state.progress(run.id)
+        return advanced(run.plan.stop, before, round_, means) if round_ < run.plan.rounds else before
 
     def _evaluate(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
@@ -463,7 +474,8 @@ class Agent:
         self.state.measured(run.id, run.model_round, json.dumps({name: round(value, 2) for name, value in self._seconds.items()}))
         self._seconds = {}
         model = self.state.model(run.id, run.model_round)
-        own = json.loads(model["metrics"]) if model["metrics"] and self.policy.metrics == "per_silo" else {}
+        measured = (model if run.plan.rounds else self.state.model(run.id, 0))["metrics"]  # without rounds the start is measured
+        own = json.loads(measured) if measured and self.policy.metrics == "per_silo" else {}
 
         def parameters() -> bytes:
             return self._model(run, run.model_round).parameters
@@ -479,6 +491,7 @@ class Agent:
             seconds=json.loads(model["seconds"]),
             saturated_fraction=model["saturated"],
             parameters_digest=release.signed_digest(run, parameters, self.policy, self.state.seeded(run.id)),
+            progress=pb.Progress(**asdict(self.state.progress(run.id))) if run.plan.stop else None,
         )
         signed = self._post("model-report", model["ctx"], body)
         self.state.reported(run.id, run.model_round, statement_digest(signed))
@@ -573,10 +586,18 @@ class Agent:
         return self.spool.put(data) if data else None
 
     def _keep_model(
-        self, run: Run, round_: int, model: GlobalModel, exponents: Exponents, u3: list[str], mac: bytes, **more: Any
+        self,
+        run: Run,
+        round_: int,
+        model: GlobalModel,
+        exponents: Exponents,
+        u3: list[str],
+        mac: bytes,
+        progress: Progress | None = None,
+        **more: Any,
     ) -> None:
         row = {"mac": mac, "state": self.spool.put(model.dump()), "exponents": json.dumps(exponents), **more}
-        self.state.model_made(run.id, round_, row, u3)
+        self.state.model_made(run.id, round_, row, u3, progress)
         self._tidy(run)
 
     def _tidy(self, run: Run) -> None:

@@ -56,7 +56,7 @@ def export(
     _write(folder, bundle_files(released, safetensors_header(found.layout) + parameters, result.values))
     facts = {
         "run": found.id,
-        "round": min(found.model_round, found.plan.rounds),
+        "round": min(found.model_round, found.last_round),
         "rounds": found.plan.rounds,
         "parameters_digest": digest_name(released.parameters_digest),
         "files": sorted(bundle_files(released, b"", b"")),
@@ -75,7 +75,7 @@ def _row(state: State, run: str) -> sqlite3.Row:
 
 def _about(state: State, run: Run, model: sqlite3.Row, parameters: bytes, versions: dict[str, str]) -> Released:
     """What this silo knows of it. The means that came with a sum measure the model before it; in the closing round, this one."""
-    final = run.model_round > run.plan.rounds
+    final = run.model_round > run.last_round
     notes: tuple[str, ...] = ()
     if run.statement is not None:
         notes = tuple(claimed(pb.Signed.FromString(run.statement), pb.Join).notes)
@@ -90,6 +90,7 @@ def _about(state: State, run: Run, model: sqlite3.Row, parameters: bytes, versio
         means=json.loads(model["means"]) if final else {},
         notes=notes,
         versions=versions,
+        stopped_after=run.last_round if run.last_round < run.plan.rounds else 0,
     )
 
 

@@ -29,7 +29,7 @@ def withheld(plan: Plan, policy: Policy, seeded: bool) -> str | None:
 
 def signed_digest(run: Run, parameters: Callable[[], bytes], policy: Policy, seeded: bool) -> bytes:
     """ModelReport.parameters_digest of the newest model: empty unless it is final and is released."""
-    if run.model_round <= run.plan.rounds or withheld(run.plan, policy, seeded) is not None:
+    if run.model_round <= run.last_round or withheld(run.plan, policy, seeded) is not None:
         return b""
     return parameters_digest(run.layout, parameters())
 
@@ -39,7 +39,7 @@ def make_bundle(
 ) -> None:
     """Kept before it is sent, and made once. Raises what the trainer fails with, and IntegrityError for more than anyone
     would take."""
-    if run.model_round <= run.plan.rounds:
+    if run.model_round <= run.last_round:
         raise PolicyRefusal(
             f"the aggregator asks for the bundle of {run.id}, whose final model this silo does not hold: nothing is sent"
         )

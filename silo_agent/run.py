@@ -23,12 +23,13 @@ class Run:
         self.he: HeParameters = self.plan.aggregation.he
         self.snapshot: str | None = row["snapshot"]
         self.model_round: int = row["model_round"]
+        self.last_round: int = row["stopped_after"] or self.plan.rounds  # that trains; the closing one follows
         self.statement: bytes | None = row["statement"]
         self.metrics = metric_names(self.plan.classes)
 
     def layout_in(self, round_: int) -> Layout | None:
         """Of what is summed; None in the closing round, which sums metrics only."""
-        return self.layout.summed if round_ <= self.plan.rounds else None
+        return self.layout.summed if round_ <= self.last_round else None
 
     def control(self, round_: int) -> ControlMap:
         if (layout := self.layout_in(round_)) is None:

@@ -146,7 +146,11 @@ def check_restorable(known: Known, total: pb.Sum, identities: Identities) -> pb.
             f"the model of round {facts.round} is reported by {len(reports)} silos, {needed} are needed to restore it: it is asked "
             "for again when more have reported"
         )
-    if len({(report.model_mac, report.bounds_digest, report.sum_digest) for report in reports.values()}) != 1:
+    told = {
+        (report.model_mac, report.bounds_digest, report.sum_digest, report.progress.SerializeToString(deterministic=True))
+        for report in reports.values()
+    }
+    if len(told) != 1:
         raise IntegrityError(f"the silos report different models of round {facts.round}: nothing is restored")
     return next(iter(reports.values()))
 

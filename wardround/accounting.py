@@ -52,9 +52,10 @@ class Event:
 
 
 def round_event(plan: Plan) -> Event | None:
-    """What one round of a plan costs; None for a plan without privacy. Raises PlanError when its numbers cannot fit together."""
+    """What one round of a plan costs; None for a plan without privacy, or that trains nothing. Raises PlanError when its numbers
+    cannot fit together."""
     privacy, steps = plan.privacy, plan.training.steps
-    if privacy is None:
+    if privacy is None or plan.rounds == 0:
         return None
     return Event(
         privacy.sample_rate,
@@ -63,13 +64,15 @@ def round_event(plan: Plan) -> Event | None:
     )
 
 
-def epsilon_after(plan: Plan, round_: int) -> float | None:
+def epsilon_after(plan: Plan, round_: int, last_round: int | None = None) -> float | None:
     """What a run has cost each patient once `round_` is over, at the plan's delta: reported, see above. The closing round costs
-    nothing. None without privacy: there is no bound."""
+    nothing; it follows `last_round`, the plan's if None. None without privacy: there is no bound; 0 where nothing trains."""
+    if plan.rounds == 0:
+        return 0.0
     event = round_event(plan)
     if event is None or plan.privacy is None:
         return None
-    rounds = min(round_, plan.rounds)
+    rounds = min(round_, plan.rounds if last_round is None else last_round)
     return _epsilon_of(event, rounds, plan.privacy.delta) if rounds > 0 else 0.0
 
 

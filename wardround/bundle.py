@@ -69,6 +69,7 @@ class Released:
     notes: tuple[str, ...] = ()  # what the silos say must be told to every reader
     signed_by: tuple[str, ...] = ()  # silos that signed the arrays' digest; empty where only one silo speaks
     versions: Mapping[str, str] = field(default_factory=dict)  # library -> version that wrote model.pt
+    stopped_after: int = 0  # the last round that trained, where the plan's stop rule ended the run
 
 
 def bundle_files(released: Released, safetensors: bytes, pt: bytes) -> dict[str, bytes]:
@@ -238,7 +239,8 @@ def model_card(released: Released) -> str:
         "\n".join(["| hospital | declared patients |", "|---|---|", *declared]),
         f"Spacing {', '.join(f'{edge:g}' for edge in plan.data.spacing_mm)} mm (slice, row, column).",
         "## Training",
-        f"{plan.training.algorithm}, {plan.rounds} rounds of {plan.training.steps} steps; at least {plan.aggregation.min_silos} "
+        f"{plan.training.algorithm}, {released.stopped_after or plan.rounds} rounds of {plan.training.steps} steps; at least "
+        f"{plan.aggregation.min_silos} "
         "hospitals in every sum. Updates were summed under homomorphic encryption "
         f"({plan.aggregation.encryption.upper()}), masking "
         f"{plan.aggregation.masking}.",
@@ -287,6 +289,8 @@ def _measured(released: Released) -> list[str]:
 
 def privacy_sentence(plan: Plan) -> str:
     """What is promised to a patient, and for what."""
+    if plan.rounds == 0:
+        return "No patient is charged: nothing was trained. What the measured model tells of patients is the cost of its own run."
     if plan.parent is None:
         return _bound(plan)
     return f"{_bound(plan)} This speaks of this run alone: it starts from a released model, and what that cost comes on top."

@@ -16,13 +16,19 @@ from pydantic import Discriminator, Field, StringConstraints, Tag, ValidationErr
 
 from wardround import PROTOCOL, PROTOCOL_OLDEST
 from wardround.canonical import canonical_json, sha256
+from wardround.chunks import metric_names
 from wardround.errors import PlanError
 from wardround.he import HeParameters, he_parameters
 from wardround.part import Count, Name, Part, Positive
+from wardround.stop import Stop
 from wardround.training import ALGORITHMS, Server, Training, check_together
 
 MAX_PLAN_BYTES = 64 * 1024
 UNBOUNDED = "without privacy: nothing bounds what the model tells about one patient"
+MEASURED_ONLY = (
+    "nothing is trained and no privacy spent; one hospital together with the aggregator could read each hospital's own means; "
+    "masks come next"
+)
 INHERITED = "starts from a released model, whose own cost to patients is not in this run's epsilon: the ledgers add them up"
 UNMASKED = "one hospital together with the aggregator could read every update; masks come next"
 
@@ -256,10 +262,13 @@ class Plan(Part):
     training: Training
     privacy: Privacy | None = None
     aggregation: Aggregation
-    rounds: Annotated[int, Field(ge=1, le=10_000)]
+    rounds: Annotated[int, Field(ge=0, le=10_000)]
+    """0: nothing trains; every silo measures the model of `initial.bundle`, and the means are summed as after any round."""
     validate_every: Count = 1
     """Every how many rounds the global model is measured on the validation patients; the initial and the last one always are."""
     release: Literal["registry", "silos-only"]
+    stop: Stop | None = None
+    """When to end before the last round; absent: never."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -286,6 +295,20 @@ class Plan(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.rounds == 0:
+            for key, wrong, why in (
+                ("initial.bundle", self.parent is None, "it says which model is measured"),
+                ("release: silos-only", self.release != "silos-only", "no new model comes of it"),
+                ("no stop", self.stop is not None, "there is nothing to stop"),
+            ):
+                if wrong:
+                    raise ValueError(f"rounds: 0 trains nothing and needs {key}: {why}")
+        if self.stop is not None and self.stop.metric not in (known := metric_names(self.classes)):
+            raise ValueError(f"stop.metric is one of {', '.join(known)}: got {self.stop.metric}")
+        return self
+
     @property
     def digest(self) -> bytes:
         """SHA-256 of the canonical JSON of the plan with every default written out: 32 bytes."""
@@ -299,6 +322,8 @@ class Plan(Part):
     @property
     def caveats(self) -> tuple[str, ...]:
         """What everyone who looks at a run of this plan must be told, whatever else is said of it."""
+        if self.rounds == 0:
+            return (MEASURED_ONLY,)
         return (UNMASKED, *(() if self.privacy else (UNBOUNDED,)), *((INHERITED,) if self.parent else ()))
 
     def canonical(self) -> bytes:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from aggregator import cohort
 from aggregator.interceptors import Caller
@@ -14,6 +15,7 @@ from wardround.errors import IntegrityError, MessageError, VersionError
 from wardround.layout import checkpoint_bytes, layout_of
 from wardround.messages import cohort_digest, epoch_ctx, opened, statement_digest
 from wardround.pb import federation_pb2 as pb
+from wardround.stop import advanced
 
 MAX_NOTES = 16
 MAX_TEXT_CHARS = 500  # of a note, a reason
@@ -235,14 +237,27 @@ def check_report(attempt: Attempt, state: RunState, silo: str, report: pb.ModelR
             raise MessageError(f"a report's values are at most {MAX_VALUES} finite numbers with short names")
     if not 0 <= report.saturated_fraction <= 1:
         raise MessageError("saturated_fraction lies in 0..1")
-    final = attempt.round > state.plan.rounds and state.plan.release == "registry"
+    final = attempt.round > state.last_round and state.plan.release == "registry"
     if report.parameters_digest and not (final and len(report.parameters_digest) == 32):
         raise MessageError(
             f"{silo} reports a digest of parameters, which is for the final model of a plan that says release: registry: "
             "nothing is kept"
         )
+    if attempt.phase != "completed" and report.progress != _progress(state, attempt.round, report):
+        raise IntegrityError(
+            f"{silo} reports that the plan's stop rule stands elsewhere after round {attempt.round} than its own means give: "
+            "nothing is kept; compare software versions"
+        )
     if report.own and not pb.Join.FromString(state.joins[silo].body).per_silo_metrics:
         raise MessageError(f"{silo} reports metrics of its own although its Join keeps them at home: nothing is kept")
+
+
+def _progress(state: RunState, round_: int, report: pb.ModelReport) -> pb.Progress:
+    """Of the stop rule, by the aggregator's own account."""
+    if state.plan.stop is None:
+        return pb.Progress()
+    before = state.progress
+    return pb.Progress(**asdict(advanced(state.plan.stop, before, round_, report.means) if round_ < state.plan.rounds else before))
 
 
 def _known(signed: pb.Signed, before: Mapping[str, pb.Signed]) -> bytes | None:

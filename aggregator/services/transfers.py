@@ -134,7 +134,7 @@ class Transfers:
 
 def layout_in(state: RunState, round_: int) -> Layout | None:
     """The layout of a round's uploads: None in the closing round, whose uploads are the control chunk alone."""
-    return layout_of(state.plan) if round_ <= state.plan.rounds else None
+    return layout_of(state.plan) if round_ <= state.last_round else None
 
 
 def check_header(header: pb.UploadHeader, attempt: Attempt, state: RunState, silo: str) -> None:

@@ -113,7 +113,7 @@ def _refusals(policy: Policy, plan: Plan) -> Iterator[str]:
             f"policy min_silos is {policy.min_silos}; the plan says aggregation.min_silos: {plan.aggregation.min_silos}. "
             f"Either the plan asks for at least {policy.min_silos}, or the hospital lowers min_silos."
         )
-    if plan.privacy is None and not policy.allow_without_privacy:
+    if plan.privacy is None and plan.rounds and not policy.allow_without_privacy:
         yield (
             "policy allow_without_privacy is false; the plan has no privacy section, so nothing bounds what its model tells about "
             "one patient. Either the plan says what it may cost, or the hospital sets allow_without_privacy: true (simulated data)."

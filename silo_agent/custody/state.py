@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from silo_agent.round import NEVER, Attempt, Facts, Stance
 from wardround import audit
 from wardround.errors import ConflictError, SettingsError, StorageError
 from wardround.pb import federation_pb2 as pb
+from wardround.stop import Progress
 
 BUSY_TIMEOUT_S = 10.0
 
@@ -84,6 +86,13 @@ CREATE TABLE IF NOT EXISTS models (
     PRIMARY KEY (run, round)
 ) STRICT;
 
+-- Where the plan's stop rule stands after the newest model (wardround/stop.py), of a run that has one.
+CREATE TABLE IF NOT EXISTS progress (
+    run TEXT PRIMARY KEY REFERENCES runs,
+    measured INTEGER NOT NULL, best REAL NOT NULL, waited INTEGER NOT NULL,
+    stopped_after INTEGER NOT NULL CHECK (stopped_after >= 0)  -- the last round that trains; 0: the plan's
+) STRICT;
+
 -- One per round that trains. random_key drives batches, patches and rounding; it is deleted when the run closes.
 CREATE TABLE IF NOT EXISTS events (
     run TEXT NOT NULL REFERENCES runs,
@@ -131,6 +140,9 @@ CREATE TABLE IF NOT EXISTS activity (
     word TEXT NOT NULL, detail TEXT NOT NULL, since_ms INTEGER NOT NULL
 ) STRICT;
 """
+
+
+RUNS = "SELECT runs.*, (SELECT stopped_after FROM progress WHERE progress.run = runs.run) AS stopped_after FROM runs"
 
 
 def now_ms() -> int:
@@ -277,11 +289,11 @@ class State:
     # --- runs ------------------------------------------------------------------------------------------------------------------
 
     def run(self, run: str) -> sqlite3.Row | None:
-        row: sqlite3.Row | None = self._one("SELECT * FROM runs WHERE run = ?", run)
+        row: sqlite3.Row | None = self._one(f"{RUNS} WHERE run = ?", run)
         return row
 
     def runs(self) -> list[sqlite3.Row]:
-        return self._all("SELECT * FROM runs ORDER BY rowid")
+        return self._all(f"{RUNS} ORDER BY rowid")
 
     def facts(self, run: str) -> Facts:
         """What the round table decides on."""
@@ -402,13 +414,20 @@ class State:
     def model(self, run: str, round_: int) -> sqlite3.Row:
         return self._one("SELECT * FROM models WHERE run = ? AND round = ?", run, round_)  # type: ignore[no-any-return]  # a sqlite3.Row
 
-    def model_made(self, run: str, round_: int, model: dict[str, Any], u3: list[str]) -> None:
+    def progress(self, run: str) -> Progress:
+        """Of the stop rule, after the newest model."""
+        row = self._one("SELECT measured, best, waited, stopped_after FROM progress WHERE run = ?", run)
+        return Progress() if row is None else Progress(*row)
+
+    def model_made(self, run: str, round_: int, model: dict[str, Any], u3: list[str], progress: Progress | None = None) -> None:
         """A new global model, applied from the sum of `u3` (empty for the initial model); its file is durable already."""
         with self._transaction() as db:
             columns = {"run": run, "round": round_, **model}
             marks = ", ".join(f":{name}" for name in columns)
             db.execute(f"INSERT INTO models ({', '.join(columns)}) VALUES ({marks})", columns)  # noqa: S608 - our words
             db.execute("UPDATE runs SET model_round = ? WHERE run = ?", (round_, run))
+            if progress is not None:
+                db.execute("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?)", (run, *astuple(progress)))
             self._retire_keys(db, run)
             self._record(db, "model", {"run": run, "round": round_, "mac": model["mac"].hex(), "silos": u3})
         self._wipe()

@@ -219,7 +219,7 @@ class Seal(_message.Message):
     def __init__(self, cohort_digest: _Optional[bytes] = ..., u2: _Optional[_Iterable[str]] = ..., u3: _Optional[_Iterable[str]] = ..., content_digests: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ModelReport(_message.Message):
-    __slots__ = ("round", "model_mac", "bounds_digest", "sum_digest", "means", "means_of_round", "own", "seconds", "saturated_fraction", "parameters_digest")
+    __slots__ = ("round", "model_mac", "bounds_digest", "sum_digest", "means", "means_of_round", "own", "seconds", "saturated_fraction", "parameters_digest", "progress")
     class MeansEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -251,6 +251,7 @@ class ModelReport(_message.Message):
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     SATURATED_FRACTION_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     round: int
     model_mac: bytes
     bounds_digest: bytes
@@ -261,7 +262,20 @@ class ModelReport(_message.Message):
     seconds: _containers.ScalarMap[str, float]
     saturated_fraction: float
     parameters_digest: bytes
-    def __init__(self, round: _Optional[int] = ..., model_mac: _Optional[bytes] = ..., bounds_digest: _Optional[bytes] = ..., sum_digest: _Optional[bytes] = ..., means: _Optional[_Mapping[str, float]] = ..., means_of_round: _Optional[int] = ..., own: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., saturated_fraction: _Optional[float] = ..., parameters_digest: _Optional[bytes] = ...) -> None: ...
+    progress: Progress
+    def __init__(self, round: _Optional[int] = ..., model_mac: _Optional[bytes] = ..., bounds_digest: _Optional[bytes] = ..., sum_digest: _Optional[bytes] = ..., means: _Optional[_Mapping[str, float]] = ..., means_of_round: _Optional[int] = ..., own: _Optional[_Mapping[str, float]] = ..., seconds: _Optional[_Mapping[str, float]] = ..., saturated_fraction: _Optional[float] = ..., parameters_digest: _Optional[bytes] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("measured", "best", "waited", "stopped_after")
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    BEST_FIELD_NUMBER: _ClassVar[int]
+    WAITED_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_AFTER_FIELD_NUMBER: _ClassVar[int]
+    measured: int
+    best: float
+    waited: int
+    stopped_after: int
+    def __init__(self, measured: _Optional[int] = ..., best: _Optional[float] = ..., waited: _Optional[int] = ..., stopped_after: _Optional[int] = ...) -> None: ...
 
 class Bundle(_message.Message):
     __slots__ = ("run", "parameters_digest", "content_digest", "content_bytes", "versions")
