@@ -343,3 +343,12 @@ def test_the_table_is_asked_with_what_the_store_says(aggregator: TestAggregator)
     assert (facts.round, facts.rounds, facts.min_silos, facts.deadline_passed) == (1, 2, 3, False)
     assert next_row(facts).name == "waiting for silos" and facts.waiting_for == facts.u3
     assert facts_of(state, state.created_ms + 3_600_000).deadline_passed
+
+
+def test_no_two_runs_have_one_name(aggregator: TestAggregator) -> None:
+    """Also where a plan is called what another's run is."""
+    aggregator.hospitals()
+    plans = ("tiny", "tiny", "tiny-1", "tiny", "tiny-1")
+    names = [aggregator.submit(tiny(name=name)) for name in plans]
+    assert len(set(names)) == 5 and all(run.rpartition("-")[0] == plan for run, plan in zip(names, plans, strict=True))
+    assert [state.plan.name for state in map(aggregator.store.run, names)] == list(plans)

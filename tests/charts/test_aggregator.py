@@ -116,3 +116,31 @@ def test_helm_test_sees_a_server_that_lets_everyone_in(helm_test: Callable[[int]
         done = helm_test(listening.getsockname()[1])
         thread.join(10)
     assert done.returncode != 0 and "was let in" in done.stderr
+
+
+def test_a_researcher_without_the_role_submits_nothing(render: Render) -> None:
+    """Kubernetes refuses what no role allows: the one that lets plans in is bound to whom the values name, and to nobody else; it
+    opens no Secret and writes no status, by which a run could be made to look as it is not."""
+
+    def bound(values: dict[str, Any]) -> dict[str, Any]:
+        objects = render("aggregator", values)
+        roles = {item["metadata"]["name"]: item["rules"] for item in objects if item["kind"] == "Role"}
+        writing = {"create", "update", "patch", "delete", "*"}
+        may_submit = {
+            name
+            for name, rules in roles.items()
+            for rule in rules
+            if writing & set(rule["verbs"]) and {"federationruns", "*"} & set(rule["resources"])
+        }
+        assert may_submit == {"wardround-researcher"}
+        touched = {
+            (resource, verb) for rule in roles["wardround-researcher"] for resource in rule["resources"] for verb in rule["verbs"]
+        }
+        assert {resource for resource, _ in touched} == {"federationruns", "silos", "events"}
+        assert {resource for resource, verb in touched if verb in writing} == {"federationruns"}
+        assert not [item for item in objects if item["kind"].startswith("Cluster") and "Role" in item["kind"]]
+        return {item["roleRef"]["name"]: item["subjects"] for item in objects if item["kind"] == "RoleBinding"}
+
+    assert "wardround-researcher" not in bound({})
+    group = [{"kind": "Group", "name": "researchers", "apiGroup": "rbac.authorization.k8s.io"}]
+    assert bound({"kubernetesApi": {"researchers": group}})["wardround-researcher"] == group

@@ -93,7 +93,7 @@ def test_a_plan_that_is_not_there_is_named_as_it_was_typed(wardround, tmp_path):
 
 
 def test_a_bad_plan_is_one_line_and_exit_code_2(wardround, plan):
-    plan.write_text(TINY.replace("rounds: 2", "rounds: 0\ncolour: red"))
+    plan.write_text(TINY.replace("rounds: 2", "rounds: -1\ncolour: red"))
     code, out, err = wardround("plan", "validate", plan)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1

@@ -253,7 +253,7 @@ def test_patches_are_what_the_network_can_shrink(model, factor):
 
 def test_every_problem_is_named_at_once():
     with pytest.raises(PlanError) as caught:
-        parse_plan(b"name: x\nrounds: 0\ncolour: red")
+        parse_plan(b"name: x\nrounds: -1\ncolour: red")
     lines = str(caught.value).splitlines()
     assert any(line.startswith("rounds: ") for line in lines)
     assert "colour: unknown key" in lines
