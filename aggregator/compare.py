@@ -1,6 +1,6 @@
 """A run of the store as one side of a comparison (wardround/compare.py)."""
 
-from aggregator.run_view import RunView
+from aggregator.run_view import RunView, own_measures
 from wardround.accounting import epsilon_after
 from wardround.canonical import digest_name
 from wardround.compare import Side
@@ -12,7 +12,7 @@ def side_of(view: RunView) -> Side:
     for r in view.rounds:
         for name, value in r.means.items():
             curve.setdefault(name, {})[r.model_round_measured] = value
-    own = {silo: values for r in view.rounds for silo, values in r.own.items()}  # the newest of each
+    own = {silo: own_measures(view.plan, values) for r in view.rounds for silo, values in r.own.items()}  # the newest of each
     return Side(
         run=view.run_id,
         phase=view.phase.value,

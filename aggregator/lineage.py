@@ -24,7 +24,7 @@ from aggregator import registry
 from aggregator.compare import side_of
 from aggregator.privacy_report import as_html, as_markdown, report_of
 from aggregator.round import RunPhase
-from aggregator.run_view import DatasetView, RoundView, RunView, released_of
+from aggregator.run_view import MEASURES, DatasetView, RoundView, RunView, own_measures, released_of
 from wardround.accounting import epsilon_after
 from wardround.bundle import model_card
 from wardround.canonical import digest_name
@@ -49,8 +49,6 @@ MAX_TAG_CHARS = 1000
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's page opens with traces of language models
 DIGEST_CHARS = 32  # of a dataset digest: MLflow's column holds 36
 
-# The only names a silo's metrics may have in MLflow; dice/<class> besides, for the classes of the plan.
-MEASURES = frozenset({"dice", "hd95_mm", "auc", "balanced_accuracy"})
 PHASES = frozenset({"wait_gpu", "ingest", "train", "encode", "encrypt", "upload", "fold", "decrypt", "apply", "evaluate", "round"})
 STATUS = {RunPhase.COMPLETED: "FINISHED", RunPhase.FAILED: "FAILED", RunPhase.ABORTED: "KILLED"}
 
@@ -261,7 +259,10 @@ def points_of(plan: Plan, view: RoundView, last_round: int | None = None) -> Ite
 
 def own_points_of(plan: Plan, view: RoundView, silo: str) -> Iterator[Point]:
     """One silo's metrics of this round's model, for its child run; none when its policy keeps them."""
-    yield from _measured("validation", plan, view.own.get(silo, {}), view.round if plan.rounds else 0, view.committed_ms)
+    step = view.round if plan.rounds else 0
+    for name, value in sorted(own_measures(plan, view.own.get(silo, {})).items()):
+        key = name if name.startswith(("alone/", "gain/")) else f"validation/{name}"
+        yield Point(key, value, step, view.committed_ms)
 
 
 def _measured(prefix: str, plan: Plan, values: Mapping[str, float], step: int, committed_ms: int) -> Iterator[Point]:

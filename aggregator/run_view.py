@@ -8,6 +8,9 @@ from aggregator.round import RunPhase
 from wardround.bundle import Released
 from wardround.plan import Plan, WarmStart
 
+# The only names a silo's metrics may have in MLflow; dice/<class> besides, for the classes of the plan.
+MEASURES = frozenset({"dice", "hd95_mm", "auc", "balanced_accuracy"})
+
 
 @dataclass(frozen=True)
 class DatasetView:
@@ -107,6 +110,15 @@ class RunView:
         if isinstance(initial, WarmStart):
             return initial.bundle
         return f"seed {initial.seed}" + (f" and {initial.shapes_steps} steps on drawn shapes" if initial.shapes_steps else "")
+
+
+def own_measures(plan: Plan, values: Mapping[str, float]) -> dict[str, float]:
+    """Of a silo's own metrics those that are shown, and what the federation gained it over a model that trained there alone."""
+    names = (*MEASURES, *(f"dice/{name}" for name in plan.classes))
+    shown = {name: values[name] for name in (*names, *(f"alone/{name}" for name in names)) if name in values}
+    if {"dice", "alone/dice"} <= shown.keys():
+        shown["gain/dice"] = round(shown["dice"] - shown["alone/dice"], 3)
+    return shown
 
 
 def released_of(view: RunView) -> Released:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, overload
 
-from silo_agent import release, scrutiny, warm_start
+from silo_agent import alone, release, scrutiny, warm_start
 from silo_agent.algorithms.at_home import Home
 from silo_agent.algorithms.fedavg import Round
 from silo_agent.budget import Budget
@@ -238,6 +238,8 @@ class Agent:
                 return
         model, exponents, home = run.learning.begin(values)
         self.state.keep_home(run.id, 0, self._put_home(home))
+        if run.plan.local_gain:
+            self.state.keep_alone(run.id, self.spool.put(alone.begun(values)))
         self._keep_model(run, 0, model, exponents, [], model_mac(initial_digest_key(run.id), run.layout, model.parameters))
 
     def _decline(self, run: Run, error: WardroundError) -> None:
@@ -345,8 +347,15 @@ class Agent:
         if len(result.values) != len(work.parameters):
             raise MessageError(f"the trainer delivered {len(result.values)} bytes, the layout has {len(work.parameters)}")
         stays = self._put_home(run.learning.trained(result.values, model, home, run.rate(round_)))
-        self.state.update_made(run.id, round_, self.spool.put(result.values), result.num_patients, stays)
+        beside = self._trained_alone(offer, run, work) if run.plan.local_gain else None
+        self.state.update_made(run.id, round_, self.spool.put(result.values), result.num_patients, stays, beside)
         self.budget.close_event(run, round_)
+
+    def _trained_alone(self, offer: pb.Offer, run: Run, work: TrainerWork) -> str:
+        """This round's steps of the model that meets no other: hex digest of its state."""
+        own = self._alone(run)
+        beside = alone.work_of(work, own, derive(work.random_key, b"wardround/alone/1"))
+        return self.spool.put(alone.stepped(own, self._helped(offer, beside).values, run.plan))
 
     def _encode(self, offer: pb.Offer) -> None:
         run, facts = self._run(offer.run), offer.facts
@@ -466,8 +475,11 @@ class Agent:
         model = self._model(run, run.model_round)
         parameters = run.learning.parameters(model, self._home(run, run.model_round + 1))
         work = TrainerWork("evaluate", run.plan, run.model_round, parameters, self._snapshot_folder(run))
-        result = self._helped(offer, work)
-        self.state.evaluated(run.id, run.model_round, json.dumps(result.metrics), result.num_patients)
+        result, beside = self._helped(offer, work), None
+        if run.model_round == run.last_round and self.state.num_trained(run.id) == run.last_round and run.plan.local_gain:
+            own = self._helped(offer, replace(work, parameters=alone.parameters_of(self._alone(run))))
+            beside = json.dumps(own.metrics)
+        self.state.evaluated(run.id, run.model_round, json.dumps(result.metrics), result.num_patients, beside)
 
     def _report(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
@@ -476,6 +488,8 @@ class Agent:
         model = self.state.model(run.id, run.model_round)
         measured = (model if run.plan.rounds else self.state.model(run.id, 0))["metrics"]  # without rounds the start is measured
         own = json.loads(measured) if measured and self.policy.metrics == "per_silo" else {}
+        if own and run.model_round == run.last_round and (beside := self.state.alone(run.id)) is not None:
+            own |= {f"alone/{name}": value for name, value in json.loads(beside["metrics"] or "{}").items()}
 
         def parameters() -> bytes:
             return self._model(run, run.model_round).parameters
@@ -516,6 +530,7 @@ class Agent:
         row = self.state.run(offer.run)
         self.budget.release(offer.run)
         self.state.set_stance(offer.run, Stance.CLOSED)
+        self.spool.keep_only(self.state.needed(offer.run))
         self.helpers["trainer"].stop()  # frees the GPU for whoever is next
         log.info("run over", run=offer.run, how=pb.Phase.Name(offer.phase), model_round=None if row is None else row["model_round"])
 
@@ -574,6 +589,12 @@ class Agent:
 
     def _model(self, run: Run, round_: int) -> GlobalModel:
         return GlobalModel.load(self.spool.get(self.state.model(run.id, round_)["state"]), run.layout)
+
+    def _alone(self, run: Run) -> bytes:
+        row = self.state.alone(run.id)
+        if row is None:
+            raise IntegrityError("the model that trains alone is missing: the run began with another version of this software")
+        return self.spool.get(row["state"])
 
     def _home(self, run: Run, round_: int) -> Home:
         """What stays at home, as the newest training before `round_` left it."""

@@ -1,6 +1,7 @@
 """`silo-agent`: what hospital IT types. Every command works beside the running agent; none needs an inbound port."""
 
 import base64
+import json
 import signal
 import sqlite3
 import tempfile
@@ -251,7 +252,10 @@ def status(context: typer.Context, json_: Json = False) -> None:
         "certificate_ends": tls.load_certificate(keys.tls_material()[1]).not_valid_after_utc.isoformat(timespec="minutes"),
         "aggregator_audit_head": head["seq"] if head else 0,
     } | ({"paused": paused} if paused else {})
-    runs = [{key: row[key] for key in ("run", "stance", "reason", "model_round")} | _key_epoch(state, row) for row in state.runs()]
+    runs = [
+        {key: row[key] for key in ("run", "stance", "reason", "model_round")} | _key_epoch(state, row) | _gain(state, row)
+        for row in state.runs()
+    ]
     if json_:
         since = None if activity is None else activity["since_ms"]
         print_facts(facts | {"activity_since_ms": since, "runs": runs}, True)
@@ -259,9 +263,20 @@ def status(context: typer.Context, json_: Json = False) -> None:
     lines = [
         f"{told['run']}: {told['stance']}, {_model(row)}, key epoch {told['key_epoch']}"
         + (f"; {told['reason']}" if told["reason"] else "")
+        + (f"; Dice here {told['dice']:.3f}, {told['gain']:+.3f} against a model trained here alone" if "gain" in told else "")
         for told, row in zip(runs, state.runs(), strict=True)
     ]
     print_facts(facts | {"runs": lines or ["none"]}, False)
+
+
+def _gain(state: State, row: sqlite3.Row) -> dict[str, float]:
+    """Of a run whose plan has local_gain, once measured: the final global model on this hospital's own validation patients, and by
+    how much it beats a model that trained here alone."""
+    beside = state.alone(row["run"])
+    if beside is None or beside["metrics"] is None:
+        return {}
+    dice = json.loads(state.model(row["run"], Run(row).last_round)["metrics"])["dice"]
+    return {"dice": round(dice, 3), "gain": round(dice - json.loads(beside["metrics"])["dice"], 3)}
 
 
 @app.command()

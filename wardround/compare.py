@@ -40,6 +40,7 @@ def compare(a: Side, b: Side) -> dict[str, Any]:
         "plan": {key: [a.params.get(key), b.params.get(key)] for key in sorted({*a.params, *b.params}) if _differs(a, b, key)},
         "final": {name: _pair(_final(a, name), _final(b, name)) for name in sorted({*a.curve, *b.curve})},
         "hospitals": {silo: _pair(_home(a, silo), _home(b, silo)) for silo in sorted({*a.own, *b.own})},
+        "gains": {silo: _pair(*(side.own.get(silo, {}).get("gain/dice") for side in (a, b))) for silo in _gained(a, b)},
         "rounds_to_95_percent": _soon(a, b),
         "rounds": _pair(a.rounds, b.rounds),
         "epsilon": _pair(a.epsilon, b.epsilon),
@@ -66,6 +67,11 @@ def _final(side: Side, measure: str) -> float | None:
 
 def _home(side: Side, silo: str) -> float | None:
     return side.own.get(silo, {}).get("dice")
+
+
+def _gained(a: Side, b: Side) -> list[str]:
+    """Silos where a run also trained a model alone and published how far the global one is ahead of it."""
+    return sorted({silo for side in (a, b) for silo, own in side.own.items() if "gain/dice" in own})
 
 
 def _soon(a: Side, b: Side) -> dict[str, Any]:
@@ -108,6 +114,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines = [f"# {b} against {a}", ""]
     rows = [(f"validation {name}{LOWER.get(name, '')}", pair) for name, pair in found["final"].items()]
     rows += [(f"dice at {silo}", pair) for silo, pair in found["hospitals"].items()]
+    rows += [(f"gain at {silo} over its own model alone", pair) for silo, pair in found["gains"].items()]
     rows += [(name.replace("_", " "), found[name]) for name in ("rounds", "epsilon", "upload_bytes", "download_bytes", "seconds")]
     lines += [f"| measure | {a} | {b} | difference |", "|---|---|---|---|"]
     lines += [f"| {name} | {_cell(pair['a'])} | {_cell(pair['b'])} | {_signed(pair['difference'])} |" for name, pair in rows]

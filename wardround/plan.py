@@ -269,6 +269,8 @@ class Plan(Part):
     release: Literal["registry", "silos-only"]
     stop: Stop | None = None
     """When to end before the last round; absent: never."""
+    local_gain: bool = False
+    """Every silo also trains a model on its own patients alone and measures both: twice the training. Not under privacy."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -305,6 +307,13 @@ class Plan(Part):
             ):
                 if wrong:
                     raise ValueError(f"rounds: 0 trains nothing and needs {key}: {why}")
+        if self.local_gain and (self.privacy is not None or self.rounds == 0):
+            raise ValueError(
+                "local_gain and privacy exclude each other: a hospital's own model without noise tells of its patients what "
+                "nothing bounds, one with noise costs them as much again; leave local_gain out"
+                if self.rounds
+                else "local_gain needs rounds: without any no hospital trains a model of its own"
+            )
         if self.stop is not None and self.stop.metric not in (known := metric_names(self.classes)):
             raise ValueError(f"stop.metric is one of {', '.join(known)}: got {self.stop.metric}")
         return self

@@ -98,7 +98,7 @@ class Tracking:
         own = {}
         for child in self._runs(run.rpartition("-")[0], f"tags.`mlflow.parentRunId` = '{_plain(parent)}'"):
             silo = str(_pairs(child["data"].get("tags")).get("wardround.silo"))
-            own[silo] = {key.partition("/")[2]: value for key, value in _pairs(child["data"].get("metrics")).items()}
+            own[silo] = {key.removeprefix("validation/"): value for key, value in _pairs(child["data"].get("metrics")).items()}
         return own
 
     def _curve(self, run: Mapping[str, Any], key: str) -> dict[int, float]:

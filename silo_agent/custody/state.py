@@ -93,6 +93,13 @@ CREATE TABLE IF NOT EXISTS progress (
     stopped_after INTEGER NOT NULL CHECK (stopped_after >= 0)  -- the last round that trains; 0: the plan's
 ) STRICT;
 
+-- The model that trained on this hospital's patients alone, of a plan with local_gain (silo_agent/alone.py).
+CREATE TABLE IF NOT EXISTS alone (
+    run TEXT PRIMARY KEY REFERENCES runs,
+    state TEXT NOT NULL,                         -- hex digest of its file in the spool; the file goes when the run closes
+    metrics TEXT                                 -- JSON: of the last one, on this silo's validation patients; NULL until measured
+) STRICT;
+
 -- One per round that trains. random_key drives batches, patches and rounding; it is deleted when the run closes.
 CREATE TABLE IF NOT EXISTS events (
     run TEXT NOT NULL REFERENCES runs,
@@ -443,10 +450,14 @@ class State:
         uploads = (pb.UploadHeader.FromString(pb.Signed.FromString(row["header"]).body).content_digest for row in headers)
         checkpoints = self._all("SELECT checkpoint FROM epochs WHERE run = ? AND told = 0 AND checkpoint NOT NULL", run)
         bundles = self._all("SELECT content FROM bundles WHERE sent = 0")
-        return {*(row[0] for row in (*models, *homes, *updates, *checkpoints, *bundles)), *(digest.hex() for digest in uploads)}
+        alone = self._all("SELECT state FROM alone NATURAL JOIN runs WHERE stance != 'closed'")
+        rows = (*models, *homes, *alone, *updates, *checkpoints, *bundles)
+        return {*(row[0] for row in rows), *(digest.hex() for digest in uploads)}
 
-    def evaluated(self, run: str, round_: int, metrics: str, num_validation: int) -> None:
+    def evaluated(self, run: str, round_: int, metrics: str, num_validation: int, alone: str | None = None) -> None:
+        """`alone`: metrics of the model that trained here alone, on the same patients."""
         with self._transaction() as db:
+            db.execute("UPDATE alone SET metrics = coalesce(?, metrics) WHERE run = ?", (alone, run))
             db.execute(
                 "UPDATE models SET metrics = ?, num_validation = ? WHERE run = ? AND round = ?",
                 (metrics, num_validation, run, round_),
@@ -492,14 +503,30 @@ class State:
     def event(self, run: str, round_: int) -> sqlite3.Row:
         return self._one("SELECT * FROM events WHERE run = ? AND round = ?", run, round_)  # type: ignore[no-any-return]  # a sqlite3.Row
 
-    def update_made(self, run: str, round_: int, digest: str, num_patients: int, home: str | None = None) -> None:
-        """The one update of an event, and what its training left at home; both files are durable already."""
+    def alone(self, run: str) -> sqlite3.Row | None:
+        row: sqlite3.Row | None = self._one("SELECT * FROM alone WHERE run = ?", run)
+        return row
+
+    def num_trained(self, run: str) -> int:
+        """Rounds whose update is durable: a silo that missed some has no model alone of the same budget."""
+        return int(self._one("SELECT count(*) FROM events WHERE run = ? AND update_digest NOT NULL", run)[0])
+
+    def keep_alone(self, run: str, digest: str) -> None:
+        """As the initial model has it."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO alone VALUES (?, ?, NULL)", (run, digest))
+
+    def update_made(
+        self, run: str, round_: int, digest: str, num_patients: int, home: str | None = None, alone: str | None = None
+    ) -> None:
+        """The one update of an event, what its training left at home, and the model that trains alone; their files are durable."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE events SET update_digest = ?, num_patients = ? WHERE run = ? AND round = ?",
                 (digest, num_patients, run, round_),
             )
             _keep_home(db, run, round_, home)
+            db.execute("UPDATE alone SET state = coalesce(?, state) WHERE run = ?", (alone, run))
             self._record(db, "update", {"run": run, "round": round_, "digest": digest})
 
     def keep_home(self, run: str, round_: int, digest: str | None) -> None:
