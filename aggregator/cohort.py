@@ -184,7 +184,7 @@ def stopped(state: RunState) -> str:
 
 def unreleased(state: RunState) -> str:
     """Why a run that ends well leaves no model in the registry although its plan says so; else empty."""
-    if state.plan.release != "registry" or state.bundle is not None or state.attempt is None:
+    if state.plan.rehearse or state.plan.release != "registry" or state.bundle is not None or state.attempt is None:
         return ""
     if released_model(state) is not None:
         return "the final model was not released: no hospital delivered its bundle in time; each of them holds the model"

@@ -4,7 +4,8 @@ One JSON object a line over a Unix socket in a folder that only this user enters
 no Kubernetes token, and the process with the token has neither; what passes between them is this and nothing else:
 
     {"do": "look"}                                     -> {"runs": [...], "silos": [...]}
-    {"do": "submit", "plan": YAML, "by": who}          -> {"run": name}       the same `by` again: the same run
+    {"do": "submit", "plan": YAML, "by": who}          -> {"run": name}       the same `by` again: the same run; `rehearse: true`
+                                                                              in the plan: a rehearsal of it
     {"do": "stop", "run": name, "by": who}             -> {}
     {"do": "pause", "run": name, "reason": why, "by": who}  -> {}    an empty reason resumes it
     any of them                                        -> {"error": code, "message": one sentence}
@@ -99,6 +100,8 @@ def silo_rows(store: Store) -> list[dict[str, Any]]:
 
 def spent(state: RunState) -> str:
     """What the run has cost a patient so far, the round under way included, for people who look."""
+    if state.plan.rehearse:
+        return "nothing"
     epsilon = epsilon_after(state.plan, state.attempt.round if state.attempt else 0, state.last_round)
     if epsilon is None or state.plan.privacy is None:
         return "unbounded"
@@ -125,10 +128,11 @@ def run_row(state: RunState, store: Store) -> dict[str, Any]:
         "run": state.id,
         "by": state.submitted_by,
         "phase": state.phase,
+        "rehearsal": state.plan.rehearse,
         "paused": state.paused,
         "epsilon": spent(state),
         "round": state.attempt.round if state.attempt else 0,
-        "rounds": state.plan.rounds,
+        "rounds": 1 if state.plan.rehearse else state.plan.rounds,
         "joined": sorted(state.joins),
         "waiting_for": [] if state.phase in ENDED else sorted(facts.waiting_for),
         "refused": [f"{silo}: {reason}" for silo, reason in sorted(refusals.items())],

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import replace
 
-from aggregator import cohort
+from aggregator import cohort, rehearsal
 from aggregator.blobs import Blobs
 from aggregator.fold import FoldProcess
 from aggregator.records import Attempt, RunState
@@ -145,7 +145,8 @@ class Driver:
         ROUNDS.inc()
 
     def _finish(self, _row: Row, state: RunState) -> None:
-        self._end(state, RunPhase.COMPLETED, "; ".join(filter(None, (cohort.stopped(state), cohort.unreleased(state)))))
+        words = [rehearsal.in_words(state)] if state.plan.rehearse else [cohort.stopped(state), cohort.unreleased(state)]
+        self._end(state, RunPhase.COMPLETED, "; ".join(filter(None, words)))
 
     def _fail(self, row: Row, state: RunState) -> None:
         self._end(state, RunPhase.FAILED, _why_failed(row, state))
@@ -221,6 +222,7 @@ def facts_of(state: RunState, now_ms: int) -> Facts:
         epoch_due=cohort.epoch_due(state),
         epoch_cohort=frozenset(epoch.cohort) if epoch else frozenset(),
         keyed=epoch.keyed if epoch else frozenset(),
+        rehearse=state.plan.rehearse,
         releasing=cohort.release_waits_for(state, now_ms),
     )
     if attempt is not None:
@@ -268,7 +270,7 @@ def _moving(state: RunState, facts: Facts) -> str:
             return f"round {cohort.next_round(state)} of {facts.rounds} opens"
         return f"key epoch {state.epoch.number} waits until {who} acknowledged its keys"
     what = {Phase.OPEN: "uploads", Phase.SEALED: "seals", Phase.EVALUATING: "reports"}.get(facts.phase or Phase.COMPLETED)
-    closing = " (closing)" if facts.round > facts.rounds else f" of {facts.rounds}"
+    closing = " (closing)" if facts.round > facts.rounds else f" of {1 if facts.rehearse else facts.rounds}"
     number = state.attempt.attempt if state.attempt else 1
     again = f", attempt {number}" if number > 1 else ""
     return f"round {facts.round}{closing}{again} " + (

@@ -120,7 +120,8 @@ class Operator:
         if item["spec"].get("state") == "Stopped":
             return
         try:
-            self.server.ask(do="submit", plan=yaml.safe_dump(item["spec"]["plan"], sort_keys=False), by=_who(item))
+            plan = item["spec"]["plan"] | ({"rehearse": True} if item["spec"].get("rehearse") else {})
+            self.server.ask(do="submit", plan=yaml.safe_dump(plan, sort_keys=False), by=_who(item))
         except Disconnected:
             raise
         except WardroundError as error:
@@ -138,6 +139,7 @@ class Operator:
             self.server.ask(do="pause", run=row["run"], reason="", by=_who(item))
         status = {
             "run": row["run"],
+            "rehearsal": row["rehearsal"],
             "phase": "Paused" if moving and row["paused"] else PHASES[row["phase"]],
             "round": row["round"],
             "rounds": row["rounds"],

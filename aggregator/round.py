@@ -72,12 +72,14 @@ class Facts:
     folded: bool = False
     sealed: frozenset[str] = frozenset()  # silos whose Seal names exactly U3
     reports: Mapping[str, bytes] = field(default_factory=dict)  # silo -> digest of what all reports must agree on
+    rehearse: bool = False  # one round, and no closing round: nothing is measured
     releasing: frozenset[str] = frozenset()  # after the closing round: whom the release of the final model waits for
 
     @property
     def between(self) -> bool:
         """No attempt is under way and another is to come."""
-        return self.phase in (None, Phase.ABANDONED) or (self.phase is Phase.COMPLETED and self.round <= self.rounds)
+        another = not self.rehearse and self.round <= self.rounds
+        return self.phase in (None, Phase.ABANDONED) or (self.phase is Phase.COMPLETED and another)
 
     @property
     def waiting_for(self) -> frozenset[str]:

@@ -2,17 +2,20 @@
 
 import sys
 import time
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from aggregator import rehearsal
 from aggregator.compare import side_of
-from aggregator.control import spent, standing
+from aggregator.control import check_fits, spent, standing
 from aggregator.privacy_report import as_html, as_markdown, report_of
 from aggregator.records import RunState
+from aggregator.run_view import RunView
 from aggregator.store import ENDED, Store
 from aggregator.terminal import opened, person, print_rows, tell_unserved, when
 from aggregator.views import run_view
@@ -20,11 +23,12 @@ from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, print_comparison, print_facts
 from wardround.errors import UsageError
 from wardround.pb import federation_pb2 as pb
+from wardround.plan import load_plan
 
 WATCH_S = 1.0
 Run = Annotated[str, typer.Argument(help="The run's name, e.g. brain-tissue-1.")]
 
-run_app = command_line("Runs: list, show, watch, pause, compare, report, abort.")
+run_app = command_line("Runs: rehearse, list, show, watch, pause, compare, report, abort.")
 
 
 @run_app.command("list")
@@ -39,7 +43,7 @@ def run_list(context: typer.Context, json_: Json = False) -> None:
         rows = [_summary(state, found.store) for state in found.store.runs()]
     if not json_:
         rows = [row | _reached(row) for row in rows]
-    print_rows("runs", rows, json_, ("run", "phase", "round", "rounds", "epsilon", "situation"))
+    print_rows("runs", rows, json_, ("run", "rehearsal", "phase", "round", "rounds", "epsilon", "situation"))
 
 
 @run_app.command("show")
@@ -58,11 +62,42 @@ def run_show(context: typer.Context, name: Run, json_: Json = False) -> None:
     if json_:
         print_facts(facts, True)
         return
-    reached, rounds = _reached(facts), facts.pop("completed")
+    reached, rounds, rehearsed = _reached(facts), facts.pop("completed"), facts.pop("rehearsed", None)
     del facts["rounds"]
     print_facts(facts | {"round": "{round} of {rounds}".format(**reached)}, False)
     if models := _measured(rounds):
         print_rows("models", models, False, tuple(models[-1]))
+    if rehearsed:
+        _print_rehearsal(rehearsed)
+
+
+@run_app.command("rehearse")
+def run_rehearse(
+    context: typer.Context, file: Annotated[Path, typer.Argument(help="The plan, YAML.")], json_: Json = False
+) -> None:
+    """Do one whole round of a plan on drawn tensors, at every hospital, and say how long each part took.
+
+    \b
+    Example:
+      aggregator run rehearse brain-tissue.yaml
+
+    Each hospital judges the plan by its policy and its ledger, takes its GPU, trains the real network for the real steps,
+    encrypts, uploads, decrypts, checks and signs. No dataset is opened, no patient charged, no model released; MLflow hears
+    nothing. Ctrl-C ends the watching, not the rehearsal. Exit code 0 when it completed, else 1.
+    """
+    plan = load_plan(file).rehearsed()
+    with opened(context) as found:
+        check_fits(plan, found.store)
+        name = found.store.submit(plan, person())
+        tell_unserved(found.store)
+        if not json_:
+            print(f"rehearsal {name}")
+        phase = _watch_lines(found.store, name, as_json=False, to=sys.stderr if json_ else sys.stdout)
+        if json_:
+            print_facts(_details(found.store, name), True)
+        else:
+            _print_rehearsal(rehearsal.measured(found.store.run(name)))
+    raise typer.Exit(0 if phase == "completed" else 1)
 
 
 @run_app.command("watch")
@@ -96,7 +131,7 @@ def run_compare(
     Prints Markdown. A researcher's `wardround run compare` prints the same out of MLflow.
     """
     with opened(context) as found:
-        first, second = (side_of(run_view(found.store, name)) for name in (a, b))
+        first, second = (side_of(_view(found.store, name)) for name in (a, b))
     print_comparison(first, second, json_)
 
 
@@ -111,7 +146,7 @@ def run_report(context: typer.Context, name: Run, html: Annotated[bool, typer.Op
     MLflow has the same as artifacts of the run.
     """
     with opened(context) as found:
-        report = report_of(run_view(found.store, name))
+        report = report_of(_view(found.store, name))
     print(as_html(report) if html else as_markdown(report), end="")
 
 
@@ -169,7 +204,8 @@ def _summary(state: RunState, store: Store) -> dict[str, Any]:
         "run": state.id,
         "phase": state.phase,
         "round": state.attempt.round if state.attempt else 0,
-        "rounds": state.plan.rounds,
+        "rounds": 1 if state.plan.rehearse else state.plan.rounds,
+        "rehearsal": state.plan.rehearse,
         "epsilon": spent(state),
         "situation": standing(state, store),
     }
@@ -209,12 +245,36 @@ def _details(store: Store, name: str) -> dict[str, Any]:
         "given_up": [f"round {one.round}, attempt {one.attempt}: {one.reason}" for one in store.abandoned(name)],
         "completed": rounds,
         "released": _released(state),
-        "in_mlflow": name not in store.unprojected(),
+        "in_mlflow": not state.plan.rehearse and name not in store.unprojected(),
         "key_epoch": state.epoch.number if state.epoch else 0,
         "keys_made_by": state.epoch.maker if state.epoch else "nobody yet",
         "keys_held_by": sorted(state.epoch.keyed) if state.epoch else [],
         "notes": _notes(state),
+        **({"rehearsed": rehearsal.measured(state)} if state.plan.rehearse else {}),
     }
+
+
+def _view(store: Store, name: str) -> RunView:
+    if store.run(name).plan.rehearse:
+        raise SettingsError(
+            f"{name} is a rehearsal: nobody's data was in it; `aggregator run show {name}` has its seconds and bytes"
+        )
+    return run_view(store, name)
+
+
+def _print_rehearsal(about: dict[str, Any]) -> None:
+    """A line per silo: seconds of each phase, MB (10^6 bytes) both ways."""
+    rows = [
+        {"silo": silo}
+        | {phase: f"{one['seconds'][phase]:.1f}" if phase in one["seconds"] else "" for phase in rehearsal.PHASES}
+        | {f"MB_{way}": f"{one['bytes'][way] / 1e6:.2f}" for way in ("upload", "download")}
+        for silo, one in about.get("silos", {}).items()
+    ]
+    print_rows("seconds", rows, False, ("silo", *rehearsal.PHASES, "MB_upload", "MB_download"))
+    named = {"fold_s": "fold", "round_s": "round", "proposed_deadline_s": "proposed aggregation.deadline_s"}
+    for key, name in named.items():
+        if key in about:
+            print(f"{name}: {about[key]:g}{'' if key == 'proposed_deadline_s' else ' s'}")
 
 
 def _released(state: RunState) -> str:
@@ -229,15 +289,15 @@ def _notes(state: RunState) -> list[str]:
     return list(dict.fromkeys(said))
 
 
-def _watch_lines(store: Store, name: str, as_json: bool) -> str:
+def _watch_lines(store: Store, name: str, as_json: bool, to: TextIO | None = None) -> str:
     last = ""
     while True:
         state = store.run(name)
         summary = _summary(state, store)
         if summary["situation"] != last:
             last = summary["situation"]
-            print_facts(summary, True) if as_json else print(last)
-            sys.stdout.flush()
+            print_facts(summary, True) if as_json else print(last, file=to)
+            (to or sys.stdout).flush()
         if state.phase in ENDED:
             return state.phase
         time.sleep(WATCH_S)

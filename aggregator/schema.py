@@ -123,7 +123,7 @@ runs = Table(
     _ms("ended_ms", "completed, failed or aborted", null=True),
     _ms("deadline_ms", "of the joining; counts from when the run became the active one"),
     _int("audit_seq", "newest audit record about this run"),
-    _int("projected", "0 or 1: ended, and in MLflow as a whole"),
+    _int("projected", "0 or 1: ended, and in MLflow as a whole, or a rehearsal, which is never to be there"),
     UniqueConstraint("id"),
     UniqueConstraint("ctx"),
     _check("phase", "phase IN ('pending', 'running', 'completed', 'failed', 'aborted')", "the phases of round.RunPhase"),

@@ -309,22 +309,24 @@ class Store(Members):
     # --- the life of a run -----------------------------------------------------------------------------------------------------
 
     def submit(self, plan: Plan, submitted_by: str) -> str:
-        """Queue a run; its name is the plan's and a number. The caller has checked that enough silos are active."""
+        """Queue a run; its name is the plan's and a number. The caller has checked that enough silos are active.
+
+        A rehearsal says so in its name, and MLflow never hears of it."""
         with self._write() as db:
             roster = self._newest_roster(db)
             if roster is None:
                 raise SettingsError(
                     "there is no roster yet: `aggregator roster draft`, `wardround roster sign`, `aggregator roster publish`"
                 )
-            number = 1 + (db.execute(sa.select(sa.func.count()).where(_runs.id.like(f"{plan.name}-%"))).scalar() or 0)
-            while db.execute(sa.select(_runs.id).where(_runs.id == f"{plan.name}-{number}")).first():
+            stem, number, now = f"{plan.name}-rehearsal" if plan.rehearse else plan.name, 1, self.now_ms()
+            while db.execute(sa.select(_runs.id).where(_runs.id == f"{stem}-{number}")).first():
                 number += 1
-            run, now = f"{plan.name}-{number}", self.now_ms()
+            run = f"{stem}-{number}"
             db.execute(
                 sa.insert(schema.runs).values(
                     id=run, plan=plan.canonical().decode(), plan_digest=plan.digest, ctx=run_ctx(self.federation, run, plan.digest),
                     phase="pending", abort_requested=0, roster_version=roster.version, submitted_by=submitted_by, created_ms=now,
-                    deadline_ms=now + 1000 * plan.aggregation.deadline_s, audit_seq=0, projected=0,
+                    deadline_ms=now + 1000 * plan.aggregation.deadline_s, audit_seq=0, projected=int(plan.rehearse),
                 )
             )  # fmt: skip
             self._record(db, "run-submitted", {"run": run, "plan": plan.digest.hex(), "by": submitted_by, "roster": roster.version})

@@ -55,7 +55,8 @@ def previous_view(store: Store, run: str) -> RunView | None:
     this = states[run]
     older = [
         state for state in states.values()
-        if state.plan.name == this.plan.name and state.phase == "completed" and (state.ended_ms or 0) <= this.created_ms
+        if state.plan.name == this.plan.name and not state.plan.rehearse and state.phase == "completed"
+        and (state.ended_ms or 0) <= this.created_ms
     ]  # fmt: skip
     return run_view(store, older[-1].id) if older else None
 

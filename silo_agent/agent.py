@@ -4,7 +4,8 @@ killed at any point and is then simply decided again."""
 import json
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, overload
@@ -32,8 +33,7 @@ from silo_agent.secure_sum.global_model import GlobalModel, initial_digest_key, 
 from silo_agent.secure_sum.packing import Exponents, bounds_digest, derive, encode, next_bounds
 from silo_agent.telemetry import log
 from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork
-from wardround import PROTOCOL, PROTOCOL_OLDEST, VERSION
-from wardround.accounting import Event
+from wardround import PROTOCOL, PROTOCOL_OLDEST, VERSION, accounting
 from wardround.canonical import canonical_json, frame, sha256
 from wardround.chunks import num_chunks
 from wardround.errors import Disconnected, IntegrityError, MessageError, PlanError, PolicyRefusal, StorageError, WardroundError
@@ -114,17 +114,23 @@ class Agent:
         if row.action is Action.WAIT:
             self._wait(row, offer)
             return
-        started = time.monotonic()
         self._doing = (row.action.value, f"round {offer.facts.round}" if offer.facts.round else offer.run)
         self._be(*self._doing)
+        started, before = time.monotonic(), sum(self._seconds.values())
         getattr(self, f"_{row.action.value}")(offer)
         seconds = time.monotonic() - started
-        if row.action in REPORTED:
-            self._took(row.action.value, seconds)
+        if row.action in REPORTED:  # without what was taken out of it meanwhile: phases add up
+            self._took(row.action.value, max(0.0, seconds - (sum(self._seconds.values()) - before)))
         log.info("done", action=row.action.value, run=offer.run, round=offer.facts.round, seconds=round(seconds, 2))
 
     def _took(self, phase: str, seconds: float) -> None:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._took(phase, time.monotonic() - started)
 
     def _wait(self, row: Row, offer: pb.Offer) -> None:
         """Until there is another offer or other trouble."""
@@ -172,7 +178,8 @@ class Agent:
             ),
             epoch=offer.facts.key_epoch if offer.phase == pb.KEYING else 0 if ours is None else claimed(ours, pb.KeyEpoch).number,
             checkpoint_round=offer.checkpoint.facts.round,
-            validate_every=run.plan.validate_every if run else 1,
+            validate_every=plan.validate_every if plan else 1,
+            rehearse=plan.rehearse if plan else False,
         )
 
     def _our_keys(self, offer: pb.Offer) -> pb.Signed | None:
@@ -186,10 +193,10 @@ class Agent:
 
     def _judge(self, offer: pb.Offer) -> None:
         code, reason, plan_digest = None, "", offer.facts.plan_digest
-        plan = offer.plan
+        plan, rehearse = offer.plan, False
         try:
             parsed = parse_plan(offer.plan)
-            plan = parsed.canonical()
+            plan, rehearse = parsed.canonical(), parsed.rehearse
             if parsed.digest != plan_digest:
                 raise MessageError("the plan on offer is not the one its digest names")
             binding = self.settings.dataset(parsed.dataset)
@@ -199,7 +206,7 @@ class Agent:
             self.budget.reserve(offer.run, parsed, binding.declared_patients)
         except WardroundError as error:
             code, reason = error.code, _one_line(error)
-        self.state.judged(offer.run, plan, plan_digest, code, reason)
+        self.state.judged(offer.run, plan, plan_digest, code, reason, rehearse)
         log.info("plan judged", run=offer.run, accepted=code is None, reason=reason)
 
     def _refuse(self, offer: pb.Offer) -> None:
@@ -317,7 +324,9 @@ class Agent:
 
     def _open_event(self, offer: pb.Offer) -> None:
         run = self._run(offer.run)
-        self._checked(run, offer.facts)
+        _, identities = self._checked(run, offer.facts)
+        # No patient is charged for a round whose cohort has not joined this very run.
+        scrutiny.check_joins(self._known(run, offer.facts.key_epoch), offer.joins, offer.facts.cohort, identities)
         try:
             self._budgeted(run, offer.facts.round)
         except PolicyRefusal as refusal:
@@ -335,14 +344,18 @@ class Agent:
     def _train(self, offer: pb.Offer) -> None:
         run, round_ = self._run(offer.run), offer.facts.round
         model, home = self._model(run, run.model_round), self._home(run, round_)
-        work = TrainerWork("train", run.plan, round_, run.learning.parameters(model, home), self._snapshot_folder(run))
-        work = replace(work, correction=run.learning.correction(model, home))
-        if (budgeted := self._budgeted(run, round_)) is None:
-            work = replace(work, random_key=derive(self.state.event(run.id, round_)["random_key"], b"wardround/training/1"))
-        else:
-            event, noise_key = budgeted
-            declared = self.settings.dataset(run.plan.dataset).declared_patients
-            work = replace(work, random_key=noise_key, noise_multiplier=event.noise_multiplier, declared_patients=declared)
+        event, key = accounting.round_event(run.plan), self._budgeted(run, round_)
+        work = TrainerWork(
+            "train",
+            run.plan,
+            round_,
+            run.learning.parameters(model, home),
+            None if run.plan.rehearse else self._snapshot_folder(run),
+            key or derive(self.state.event(run.id, round_)["random_key"], b"wardround/training/1"),
+            event.noise_multiplier if event else 0.0,
+            self.settings.dataset(run.plan.dataset).declared_patients,
+            run.learning.correction(model, home),
+        )
         result = self._helped(offer, work)
         if len(result.values) != len(work.parameters):
             raise MessageError(f"the trainer delivered {len(result.values)} bytes, the layout has {len(work.parameters)}")
@@ -378,7 +391,9 @@ class Agent:
         control = control_chunk(
             run.control(facts.round), self.silo, declared[self.silo], encoded, metrics, ctx, keys.secret, run.he, scalars
         )
-        content = encrypt(run.he, keys.he_secret_key, upload_coefficients(control, encoded, run.he))
+        coefficients = upload_coefficients(control, encoded, run.he)
+        with self._timed("encrypt"):
+            content = encrypt(run.he, keys.he_secret_key, coefficients)
         header = pb.UploadHeader(
             run=run.id,
             round=facts.round,
@@ -426,7 +441,8 @@ class Agent:
         blob = self._fetch(total, run.he.sum_bytes(layout))
         keys = self.keyring.keys(run, facts.key_epoch)
         try:
-            coefficients = decrypt(run.he, keys.he_secret_key, blob)
+            with self._timed("decrypt"):
+                coefficients = decrypt(run.he, keys.he_secret_key, blob)
             control = run.control(facts.round)
             checked = checked_sum(coefficients, layout, control, sealable.declared, ctx, keys.secret, run.he)
         except (IntegrityError, MessageError) as error:
@@ -542,8 +558,8 @@ class Agent:
             raise MessageError("the aggregator speaks of a run this silo never judged")
         return Run(row)
 
-    def _budgeted(self, run: Run, round_: int) -> tuple[Event, bytes] | None:
-        """What the round may cost, and its noise key. Raises PolicyRefusal when the ledger has not enough left."""
+    def _budgeted(self, run: Run, round_: int) -> bytes | None:
+        """The noise key of a round that is charged. Raises PolicyRefusal when the ledger has not enough left."""
         home = (self.state.home(run.id, round_) or "").encode()  # another one is another input of the event
         mac = self.state.model(run.id, run.model_round)["mac"]
         return self.budget.open_event(run, round_, sha256(frame(mac, home)) if home else mac)
@@ -653,11 +669,11 @@ class Agent:
         while True:
             if helper.ensure():
                 log.info("helper started", program=helper.program)
-            if helper.situation:
-                self._took("wait_gpu", HELPER_CHECK_S)
             self._be(*(("queued", helper.situation) if helper.situation else self._doing))
             result = self.desk.wait(work_id, HELPER_CHECK_S)
             if result is not None:
+                if isinstance(work, TrainerWork):
+                    self._took("wait_gpu", self.desk.waited_s(work_id))
                 return result
             now = self.inbox.offer
             over = now.run != offer.run or now.phase in (pb.FAILED, pb.ABORTED)

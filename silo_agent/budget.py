@@ -1,10 +1,10 @@
-"""What the agent asks of the privacy ledger, and when. A plan without `privacy` asks nothing and is charged nothing."""
+"""What the agent asks of the privacy ledger, and when. A plan without `privacy` asks nothing and is charged nothing; a rehearsal
+asks whether its plan would fit, and writes nothing."""
 
 from silo_agent.custody.policy import Policy
 from silo_agent.custody.state import State, now_ms
 from silo_agent.run import Run
 from wardround import accounting
-from wardround.accounting import Event
 from wardround.canonical import frame, sha256
 from wardround.plan import Plan
 
@@ -19,17 +19,21 @@ class Budget:
             ledger.set_cap(policy.epsilon_cap, policy.delta, now_ms())
 
     def reserve(self, run: str, plan: Plan, declared_patients: int) -> None:
-        """All rounds of a plan, before it is accepted. Raises PolicyRefusal with the ledger's sum, PlanError, DataError."""
+        """All rounds of a plan, before it is accepted. Raises PolicyRefusal with the ledger's sum, PlanError, DataError.
+
+        Of a rehearsal: raises the same, reserves nothing."""
         event = accounting.round_event(plan)
         if event is not None:
             accounting.batch_constant(event.sample_rate, declared_patients)
             with self._state.ledger() as ledger:
-                ledger.reserve(run, event, plan.rounds, now_ms())
+                if plan.rehearse:
+                    ledger.check(run, event, plan.rounds)
+                else:
+                    ledger.reserve(run, event, plan.rounds, now_ms())
 
-    def open_event(self, run: Run, round_: int, model_mac: bytes) -> tuple[Event, bytes] | None:
-        """The event of a round and its noise key, charged when it is new; None without privacy. Raises PolicyRefusal at the cap."""
-        event = accounting.round_event(run.plan)
-        if event is None:
+    def open_event(self, run: Run, round_: int, model_mac: bytes) -> bytes | None:
+        """The noise key of a round's event, charged when it is new; None: it costs nothing. Raises PolicyRefusal at the cap."""
+        if not run.plan.charged:
             return None
         inputs = sha256(frame(b"wardround/event/1", run.plan.digest, model_mac, str(run.snapshot).encode()))
         seeded = None
@@ -38,11 +42,11 @@ class Budget:
             facts = (str(self._seed).encode(), silo, run.plan.digest, round_.to_bytes(8, "big"))
             seeded = sha256(frame(b"wardround/seeded-noise/1", *facts))
         with self._state.ledger() as ledger:
-            return event, ledger.open_event(run.id, round_, inputs, now_ms(), seeded)
+            return ledger.open_event(run.id, round_, inputs, now_ms(), seeded)
 
     def close_event(self, run: Run, round_: int) -> None:
         """Its one update is durable: the noise key goes."""
-        if run.plan.privacy is not None:
+        if run.plan.charged:
             with self._state.ledger() as ledger:
                 ledger.close_event(run.id, round_)
 
@@ -53,7 +57,7 @@ class Budget:
 
     def head(self, plan: Plan) -> bytes:
         """For UploadHeader.ledger_head."""
-        if plan.privacy is None:
+        if not plan.charged:
             return b""
         with self._state.ledger() as ledger:
             return ledger.head

@@ -31,7 +31,7 @@ from wardround.cli import run as run_command_line
 from wardround.errors import PolicyRefusal, SettingsError, UsageError, WardroundError
 from wardround.kube import ClusterApi
 from wardround.pb import federation_pb2 as pb
-from wardround.plan import load_plan
+from wardround.plan import load_plan, parse_plan
 from wardround.roster import Member, Roster, changes, parse_roster
 
 if TYPE_CHECKING:
@@ -253,7 +253,10 @@ def status(context: typer.Context, json_: Json = False) -> None:
         "aggregator_audit_head": head["seq"] if head else 0,
     } | ({"paused": paused} if paused else {})
     runs = [
-        {key: row[key] for key in ("run", "stance", "reason", "model_round")} | _key_epoch(state, row) | _gain(state, row)
+        {key: row[key] for key in ("run", "stance", "reason", "model_round")}
+        | {"rehearsal": row["code"] is None and parse_plan(row["plan"]).rehearse}
+        | _key_epoch(state, row)
+        | _gain(state, row)
         for row in state.runs()
     ]
     if json_:
@@ -261,7 +264,7 @@ def status(context: typer.Context, json_: Json = False) -> None:
         print_facts(facts | {"activity_since_ms": since, "runs": runs}, True)
         return
     lines = [
-        f"{told['run']}: {told['stance']}, {_model(row)}, key epoch {told['key_epoch']}"
+        f"{told['run']}: {'rehearsal, ' if told['rehearsal'] else ''}{told['stance']}, {_model(row)}, key epoch {told['key_epoch']}"
         + (f"; {told['reason']}" if told["reason"] else "")
         + (f"; Dice here {told['dice']:.3f}, {told['gain']:+.3f} against a model trained here alone" if "gain" in told else "")
         for told, row in zip(runs, state.runs(), strict=True)

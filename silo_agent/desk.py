@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -29,6 +29,8 @@ class _Slot:
     work: Work | None = None
     work_id: str = ""
     outcome: TrainerResult | IngestResult | WardroundError | None = None
+    submitted: float = field(default_factory=time.monotonic)
+    taken: float | None = None  # when a helper first took it
 
 
 class Desk(desk_pb2_grpc.DeskServicer):
@@ -82,6 +84,11 @@ class Desk(desk_pb2_grpc.DeskServicer):
                 raise slot.outcome
             return slot.outcome
 
+    def waited_s(self, work_id: str) -> float:
+        """How long the work lay before a helper took it: until a trainer had a GPU and had started."""
+        slot = self._slots[work_id.partition("-")[0]]
+        return (slot.taken or time.monotonic()) - slot.submitted
+
     def has_work(self, program: str) -> bool:
         """Whether the program is needed now."""
         slot = self._slots[program]
@@ -113,6 +120,8 @@ class Desk(desk_pb2_grpc.DeskServicer):
             self._changed.wait_for(lambda: self.has_work(request.program) or self._closed, TAKE_WAIT_S)
             slot = self._slots[request.program]
             work = slot.work if self.has_work(request.program) and not self._closed else None
+            if work is not None and slot.taken is None:
+                slot.taken = time.monotonic()
         if work is None:
             return iter([desk_pb2.Piece()])
         return pieces(slot.work_id, work_facts(work), work_data(work))

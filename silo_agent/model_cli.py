@@ -66,8 +66,8 @@ def export(
 
 
 def _row(state: State, run: str) -> sqlite3.Row:
-    rows = [row for row in state.runs() if row["model_round"] >= 0 and run in ("", row["run"])]
-    if not rows:
+    rows = [row for row in state.runs() if row["model_round"] >= 0 and run in ("", row["run"]) and not Run(row).plan.rehearse]
+    if not rows:  # a rehearsal's model learned from drawn tensors
         what = f"no model of {run}" if run else "no model"
         raise UsageError(f"this hospital holds {what}: see `silo-agent status` for the runs it took part in")
     return rows[-1]

@@ -18,6 +18,8 @@ Sign = Callable[[pb.Bundle], pb.Signed]
 def withheld(plan: Plan, policy: Policy, seeded: bool) -> str | None:
     """Why this silo neither signs nor sends the final model of a plan; None: it does. A sentence for the log and the
     coordinator."""
+    if plan.rehearse:
+        return "it is a rehearsal: its model learned from drawn tensors"
     if plan.release != "registry":
         return f"the plan says release: {plan.release}"
     if "registry" not in policy.release:

@@ -84,6 +84,7 @@ class Offered:
     epoch: int = 0  # of the key epoch to make (KEYING), else of the newest one on offer with a box for this silo
     checkpoint_round: int = 0  # of the model that its checkpoint holds; 0: there is none
     validate_every: int = 1  # of the plan
+    rehearse: bool = False  # of the plan: its one round trains on drawn tensors
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def _takes_part(facts: Facts) -> bool:
 
 
 def _open(offer: Offered) -> bool:
-    return offer.phase == "OPEN" and offer.in_cohort
+    """A rehearsal has one round, whatever is offered."""
+    return offer.phase == "OPEN" and offer.in_cohort and not (offer.rehearse and offer.attempt[0] > 1)
 
 
 def _trains(offer: Offered) -> bool:
@@ -106,8 +108,10 @@ def _trains(offer: Offered) -> bool:
 
 
 def _validates(facts: Facts, offer: Offered) -> bool:
-    """Whether the model this silo holds is measured: the initial and the last one always."""
+    """Whether the model this silo holds is measured: the initial and the last one always. A rehearsal has no patients."""
     model_round = facts.model_round
+    if offer.rehearse:
+        return False
     return model_round == offer.rounds or (model_round < offer.rounds and model_round % offer.validate_every == 0)
 
 
@@ -121,7 +125,7 @@ TABLE: tuple[Row, ...] = (
     Row("not ours", lambda facts, offer: facts.stance is Stance.UNKNOWN, Action.WAIT),
     Row("halted", lambda facts, offer: offer.phase in ("FAILED", "ABORTED"), Action.CLOSE),
     Row("missed it", lambda facts, offer: offer.phase == "COMPLETED" and not _takes_part(facts), Action.CLOSE),
-    Row("snapshot", lambda facts, offer: not facts.has_snapshot, Action.SNAPSHOT),
+    Row("snapshot", lambda facts, offer: not (facts.has_snapshot or offer.rehearse), Action.SNAPSHOT),
     Row("initialize", lambda facts, offer: facts.model_round < 0, Action.INITIALIZE),
     Row("join", lambda facts, offer: facts.stance is Stance.ACCEPTED, Action.JOIN),
     Row("halt", lambda facts, offer: facts.halting, Action.HALT),

@@ -13,7 +13,8 @@ class TrainerWork:
 
     - initialize: the public initial model from plan.initial; `parameters`, `snapshot` and `random_key` unused.
     - train: FedProx from `parameters` on the snapshot's training patients; the result is the update (local minus global). If the
-      plan has `privacy`, by DP-SGD, and then the two fields about it count: public numbers, never taken from the data.
+      plan has `privacy`, by DP-SGD, and then the two fields about it count: public numbers, never taken from the data. If the
+      plan is a rehearsal, `snapshot` is None and so many patients as are declared are drawn (silo_agent/training/rehearsal.py).
     - evaluate: metrics of `parameters` on the snapshot's validation patients.
     - export: `parameters` as a model.pt, and what wrote it; `snapshot` and `random_key` unused.
     """

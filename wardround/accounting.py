@@ -66,13 +66,14 @@ def round_event(plan: Plan) -> Event | None:
 
 def epsilon_after(plan: Plan, round_: int, last_round: int | None = None) -> float | None:
     """What a run has cost each patient once `round_` is over, at the plan's delta: reported, see above. The closing round costs
-    nothing; it follows `last_round`, the plan's if None. None without privacy: there is no bound; 0 where nothing trains."""
+    nothing; it follows `last_round`, the plan's if None. None without privacy: there is no bound; 0 where nothing trains, or on drawn
+    tensors."""
     if plan.rounds == 0:
         return 0.0
     event = round_event(plan)
     if event is None or plan.privacy is None:
         return None
-    rounds = min(round_, plan.rounds if last_round is None else last_round)
+    rounds = 0 if plan.rehearse else min(round_, plan.rounds if last_round is None else last_round)
     return _epsilon_of(event, rounds, plan.privacy.delta) if rounds > 0 else 0.0
 
 

@@ -4,6 +4,7 @@ Unknown keys are refused. Combinations that cannot keep their promise are not co
 door, and every later stage takes a Plan.
 """
 
+import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ MEASURED_ONLY = (
     "masks come next"
 )
 INHERITED = "starts from a released model, whose own cost to patients is not in this run's epsilon: the ledgers add them up"
+REHEARSAL = "rehearsal: one round on drawn tensors; no dataset is opened, no patient charged, no model released"
 UNMASKED = "one hospital together with the aggregator could read every update; masks come next"
 
 
@@ -271,6 +273,9 @@ class Plan(Part):
     """When to end before the last round; absent: never."""
     local_gain: bool = False
     """Every silo also trains a model on its own patients alone and measures both: twice the training. Not under privacy."""
+    rehearse: bool = False
+    """One round on drawn tensors of these shapes, then the end: no dataset, no charge, no model. The digest covers it, so that
+    every silo keeps to that by itself (docs/adr/0060)."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -299,6 +304,8 @@ class Plan(Part):
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
+        if self.rounds == 0 and self.rehearse:
+            raise ValueError("rounds: 0 trains nothing: there is nothing to rehearse")
         if self.rounds == 0:
             for key, wrong, why in (
                 ("initial.bundle", self.parent is None, "it says which model is measured"),
@@ -331,13 +338,24 @@ class Plan(Part):
     @property
     def caveats(self) -> tuple[str, ...]:
         """What everyone who looks at a run of this plan must be told, whatever else is said of it."""
+        if self.rehearse:
+            return (REHEARSAL,)
         if self.rounds == 0:
             return (MEASURED_ONLY,)
         return (UNMASKED, *(() if self.privacy else (UNBOUNDED,)), *((INHERITED,) if self.parent else ()))
 
+    @property
+    def charged(self) -> bool:
+        """Whether the ledgers of hospitals know its rounds."""
+        return self.privacy is not None and not self.rehearse
+
+    def rehearsed(self) -> "Plan":
+        """The rehearsal of this plan: the same but for its digest and what that stands for. Raises PlanError: nothing to rehearse."""
+        return parse_plan(canonical_json(self.model_dump(mode="json") | {"rehearse": True}))
+
     def canonical(self) -> bytes:
-        """The bytes that travel and that the digest covers."""
-        return canonical_json(self.model_dump(mode="json"))
+        """The bytes that travel and that the digest covers. Only a rehearsal says whether it is one."""
+        return canonical_json(self.model_dump(mode="json", exclude=None if self.rehearse else {"rehearse"}))
 
 
 class _Loader(yaml.SafeLoader):
@@ -382,7 +400,7 @@ def flattened(plan: Plan) -> dict[str, str]:
         else:
             yield prefix, value if isinstance(value, str) else canonical_json(value).decode()
 
-    return dict(flat("", plan.model_dump(mode="json")))
+    return dict(flat("", json.loads(plan.canonical())))
 
 
 def explain(error: ValidationError) -> str:

@@ -32,6 +32,8 @@ def begin_bundle(store: Store, signed: pb.Signed, identity: bytes) -> Upload:
 
 
 def check_bundle(state: RunState, silo: str, body: pb.Bundle, now_ms: int) -> None:
+    if state.plan.rehearse:
+        raise MessageError(f"{state.id} is a rehearsal: it has no model to release")
     if state.plan.release != "registry":
         raise MessageError(
             f"{state.id} releases nothing: its plan says release: {state.plan.release}; the parameters stay at the silos"

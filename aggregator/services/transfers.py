@@ -156,8 +156,8 @@ def check_header(header: pb.UploadHeader, attempt: Attempt, state: RunState, sil
         if seen != value:
             shown = f"expected {value}, got {seen}" if isinstance(value, int) else "it is not what this attempt demands"
             raise MessageError(f"the upload's {name}: {shown}")
-    if len(header.ledger_head) != (LEDGER_HEAD_BYTES if state.plan.privacy else 0):
-        raise MessageError("the upload's ledger_head: a private round's has 40 bytes, any other none")
+    if len(header.ledger_head) != (LEDGER_HEAD_BYTES if state.plan.charged else 0):
+        raise MessageError("the upload's ledger_head: that of a round charged to a ledger has 40 bytes, any other none")
     if len(header.content_digest) != 32:
         raise MessageError("the upload's content_digest has 32 bytes")
     if silo not in attempt.cohort:

@@ -338,14 +338,15 @@ class State:
             released=newest("bundles", "sent", "sent = 1") is not None,
         )
 
-    def judged(self, run: str, plan: bytes, plan_digest: bytes, code: str | None, reason: str) -> None:
+    def judged(self, run: str, plan: bytes, plan_digest: bytes, code: str | None, reason: str, rehearse: bool = False) -> None:
         """The hospital's answer to a plan; `code` None: accepted."""
         stance = Stance.ACCEPTED if code is None else Stance.REFUSING
         with self._transaction() as db:
             db.execute(
                 "INSERT INTO runs (run, plan, stance, code, reason) VALUES (?, ?, ?, ?, ?)", (run, plan, stance.value, code, reason)
             )
-            self._record(db, stance.value, {"run": run, "plan": plan_digest.hex(), "code": code, "reason": reason})
+            rehearsal = {"rehearsal": True} if rehearse else {}
+            self._record(db, stance.value, {"run": run, "plan": plan_digest.hex(), "code": code, "reason": reason} | rehearsal)
 
     def refuse(self, run: str, code: str, reason: str) -> None:
         """A run that was accepted and cannot be joined after all: no such data, say."""

@@ -21,7 +21,7 @@ from silo_agent.monai_alone import import_monai
 from silo_agent.reasons import Quarantined, Reason
 from silo_agent.snapshot import SnapshotWriter, Split
 from silo_agent.work import IngestResult, IngestWork
-from wardround.errors import DataError
+from wardround.errors import DataError, MessageError
 from wardround.plan import Plan
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def handle(work: IngestWork) -> IngestResult:
     DataError: a class is not bound, the folder is empty, or (with a plan) no patient is usable. PlanError: a transform's
     arguments. StorageError: the snapshot cannot be written.
     """
+    if work.plan and work.plan.rehearse:
+        raise MessageError("a rehearsal opens no dataset: nothing was read")
     if len(work.split_key) != SPLIT_KEY_BYTES:
         raise DataError(f"a split key has {SPLIT_KEY_BYTES} bytes: this one has {len(work.split_key)}")
     classes = _classes(work)

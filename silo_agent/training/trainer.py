@@ -24,6 +24,7 @@ from silo_agent.training.export import export
 from silo_agent.training.fedprox import Gradient, local_update
 from silo_agent.training.networks import as_bytes, build_network, initial_parameters, load_parameters
 from silo_agent.training.noise import round_randomness
+from silo_agent.training.rehearsal import drawn_snapshot
 from silo_agent.training.shapes import learn_shapes
 from silo_agent.training.tasks import segmentation
 from silo_agent.work import TrainerResult, TrainerWork
@@ -79,6 +80,12 @@ def start_of(plan: Plan) -> bytes:
 
 
 def _snapshot_of(work: TrainerWork) -> Snapshot:
+    if work.plan.rehearse:
+        if work.snapshot is not None or work.kind != "train":
+            raise MessageError(
+                f"a rehearsal opens no snapshot and measures nothing: it got a work item of kind {work.kind} with one"
+            )
+        return drawn_snapshot(work.plan, work.declared_patients, work.random_key)
     if work.snapshot is None:
         raise MessageError(f"a work item of kind {work.kind} names a snapshot: this one has none")
     snapshot = _read_once(work.snapshot)

@@ -122,6 +122,19 @@ def test_a_run_from_submission_to_its_end(aggregator: TestAggregator, command: A
     )
 
 
+def test_a_rehearsal_is_no_run_to_compare_or_report_on(aggregator: TestAggregator, command: Any) -> None:
+    silos = aggregator.hospitals()
+    names = [aggregator.submit(plan) for plan in (tiny().rehearsed(), tiny(), tiny().rehearsed())]
+    assert names == ["tiny-rehearsal-1", "tiny-1", "tiny-rehearsal-2"]  # numbered apart
+    until(lambda: aggregator.store.run(names[0]).phase == "completed", silos)
+    for words in (("report", names[0]), ("compare", names[1], names[0])):
+        assert "tiny-rehearsal-1 is a rehearsal: nobody's data was in it" in command("run", *words)[2]
+    assert aggregator.store.unprojected() == ["tiny-1"]  # MLflow hears of no rehearsal
+    code, out, _ = command("run", "show", names[0])
+    assert code == 0 and "proposed aggregation.deadline_s: 60" in out and "charite" in out
+    assert "True" in command("run", "list")[1]
+
+
 def test_abort_is_seen_by_the_server_and_watch_says_it_failed(aggregator: TestAggregator, command: Any) -> None:
     silos = aggregator.hospitals()
     run_name = aggregator.submit(tiny())

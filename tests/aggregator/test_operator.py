@@ -74,6 +74,20 @@ def test_an_object_becomes_a_run_and_mirrors_it(aggregator: TestAggregator, clus
     assert aggregator.store.run("tiny-1").submitted_by == "FederationRun tiny uid-1"
 
 
+def test_an_object_that_rehearses_says_so_and_never_becomes_a_run(aggregator: TestAggregator, cluster: Cluster) -> None:
+    silos = aggregator.hospitals()
+    cluster.apply("tiny", TINY_PLAN, rehearse=True)
+    first = cluster.status("tiny")
+    assert (first["run"], first["rehearsal"], first["progress"], first["epsilon"]) == ("tiny-rehearsal-1", True, "0/1", "nothing")
+    until(lambda: aggregator.store.run("tiny-rehearsal-1").phase == "completed", silos)
+    last = cluster.status("tiny")
+    assert (last["phase"], last["rehearsal"], last["progress"]) == ("Completed", True, "1/1")
+    assert "proposed aggregation.deadline_s: 60" in last["message"]
+    assert {row.attempt.round for row in aggregator.store.sums("tiny-rehearsal-1")} == {1}
+    cluster.apply("real", TINY_PLAN, rehearse=False)
+    assert (cluster.status("real")["run"], cluster.status("real")["rehearsal"]) == ("tiny-1", False)
+
+
 def test_an_operator_that_died_before_its_note_submits_no_second_run(aggregator: TestAggregator, cluster: Cluster) -> None:
     aggregator.hospitals()
     cluster.apply("tiny", TINY_PLAN)

@@ -29,6 +29,8 @@ def every_facts() -> Iterator[Facts]:
         yield replace(facts, epoch_due=False, keyed=ALL, reports=answers(ALL, False), releasing=frozenset({A}))
         for due, epoch_cohort, keyed, paused in product(flags, SETS[1:], SETS, flags):
             yield replace(facts, epoch_due=due, epoch_cohort=epoch_cohort, keyed=keyed, paused=paused)
+        if phase and round_ == 1:
+            yield replace(facts, epoch_due=False, keyed=ALL, u3=ALL, rehearse=True)
         for uploaded, u3, sealed, folded, reported, differ in product(SETS, SETS[1:], SETS, flags, SETS, flags):
             yield replace(
                 facts, epoch_due=False, keyed=ALL, uploaded=uploaded, u3=u3, folded=folded, sealed=sealed & u3,
@@ -45,7 +47,7 @@ LEGAL = {
     Action.FOLD: lambda f: f.phase is Phase.SEALED and not f.folded,
     Action.PUBLISH: lambda f: f.phase is Phase.SEALED and f.folded and len(f.sealed) >= f.min_silos and f.u3 <= f.active,
     Action.COMPLETE_ROUND: lambda f: f.phase is Phase.EVALUATING and len(set(f.reports.values())) == 1,
-    Action.FINISH: lambda f: f.phase is Phase.COMPLETED and f.round == f.rounds + 1,
+    Action.FINISH: lambda f: f.phase is Phase.COMPLETED and (f.rehearse or f.round == f.rounds + 1),
     Action.FAIL: lambda f: (
         bool(f.halted)
         or len(set(f.joined.values())) > 1
@@ -68,6 +70,13 @@ def test_every_facts_has_a_legal_action_and_every_row_occurs() -> None:
             assert (facts.run is RunPhase.PENDING) or row.action is not Action.START, row.name
     assert seen == {row.name for row in TABLE}
     assert set(LEGAL) == set(Action) - {Action.WAIT}
+
+
+def test_a_rehearsal_ends_with_its_round() -> None:
+    """Where a run opens the next one, and has a closing round at its end."""
+    facts = Facts(RunPhase.RUNNING, 2, 2, ALL, answers(ALL, False), epoch_due=False, keyed=ALL, round=1, phase=Phase.COMPLETED)
+    assert next_row(facts).action is Action.OPEN_ROUND
+    assert next_row(replace(facts, rehearse=True)).action is Action.FINISH
 
 
 def test_waiting_always_says_for_whom_or_for_time() -> None:

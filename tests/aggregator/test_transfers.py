@@ -79,7 +79,7 @@ HEADERS: list[tuple[dict[str, Any], str]] = [
     ({"attempt": 2}, "attempt: expected 1, got 2"),
     ({"content_digest": b"x"}, "content_digest has 32 bytes"),
     ({"u2_digest": b"x"}, "u2_digest"),
-    ({"ledger_head": bytes(40)}, "ledger_head: a private round's has 40 bytes, any other none"),
+    ({"ledger_head": bytes(40)}, "ledger_head: that of a round charged to a ledger has 40 bytes"),
 ]
 
 

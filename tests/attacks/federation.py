@@ -62,6 +62,9 @@ class Script:
             values *= self._number
         return TrainerResult(values=values.astype("<f4").tobytes(), num_patients=12)
 
+    def waited_s(self, work_id: str) -> float:
+        return 0.0
+
     def ensure(self) -> bool:
         return False
 

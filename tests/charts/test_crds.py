@@ -31,7 +31,7 @@ def test_what_the_operator_writes_is_declared(render: Render) -> None:
     crd = next(item for item in render("crds", {}) if item["spec"]["names"]["kind"] == "FederationRun")
     declared = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]
     written = {
-        "run", "phase", "round", "rounds", "progress", "silos", "epsilon", "joined", "waitingFor", "refused", "message",
-        "planDigest", "mlflow", "conditions", "observedGeneration",
+        "run", "rehearsal", "phase", "round", "rounds", "progress", "silos", "epsilon", "joined", "waitingFor", "refused",
+        "message",        "planDigest", "mlflow", "conditions", "observedGeneration",
     }  # fmt: skip
     assert set(declared) == written

@@ -77,6 +77,9 @@ class Helpers:
             return TrainerResult(metrics={name: 0.5 for name in metric_names(PLAN.classes)}, num_patients=3)
         return TrainerResult(values=(MODEL if work.kind == "initialize" else self.update).tobytes(), num_patients=12)
 
+    def waited_s(self, work_id: str) -> float:
+        return 0.0
+
     def ensure(self) -> bool:
         return False
 
