@@ -122,7 +122,10 @@ def check(context: typer.Context, file: Annotated[Path, typer.Argument(help="The
     with opened(context) as found:
         active = check_fits(plan, found.store)
         parent = parent_of(plan, found.store)
-    unknown = "not asked: a hospital's policy and dataset are judged there, once the plan is submitted"
+    unknown = (
+        "not asked: a hospital's policy, its approval and hours too, its ledger and its dataset's name are judged there; "
+        "`aggregator run rehearse` asks them all, and charges nobody"
+    )
     facts = plan_facts(plan) | {"active_silos": active, "each_silo": unknown}
     print_facts(facts | ({"start": cost_of(parent.plan, parent.id)} if parent else {}), json_)
 

@@ -28,6 +28,7 @@ from wardround.plan import Plan, parse_plan
 from wardround.warm_start import check_parent
 
 MAX_LINE_BYTES = 1 << 20
+NOT_THEIR_WORK = ("queued", "paused", "approval", "hours", "troubled")  # first words of an activity that keeps others waiting
 
 
 def check_fits(plan: Plan, store: Store) -> list[str]:
@@ -114,9 +115,7 @@ def standing(state: RunState, store: Store) -> str:
     told = situation(state, now_ms)
     awaited = frozenset() if state.phase in ENDED else facts_of(state, now_ms).waiting_for
     said = {silo.name: silo.activity for silo in store.silos() if silo.name in awaited}
-    return "; ".join(
-        [told, *(f"{name}: {word}" for name, word in said.items() if word.startswith(("queued", "paused", "troubled")))]
-    )
+    return "; ".join([told, *(f"{name}: {word}" for name, word in said.items() if word.startswith(NOT_THEIR_WORK))])
 
 
 def run_row(state: RunState, store: Store) -> dict[str, Any]:

@@ -263,18 +263,19 @@ def _moving(state: RunState, facts: Facts) -> str:
     if facts.releasing:
         what = "reports" if cohort.released_model(state) is None else "the bundle"
         return f"the release of the final model waits for {what} of {who}"
+    rounds = 1 if facts.rehearse else facts.rounds
     if facts.between:
         if state.epoch is None or not facts.keyed:
             return f"a new key epoch waits for the keys that {state.epoch.maker if state.epoch else 'its first member'} makes"
         if not who:
-            return f"round {cohort.next_round(state)} of {facts.rounds} opens"
+            return f"round {cohort.next_round(state)} of {rounds} opens"
         return f"key epoch {state.epoch.number} waits until {who} acknowledged its keys"
-    what = {Phase.OPEN: "uploads", Phase.SEALED: "seals", Phase.EVALUATING: "reports"}.get(facts.phase or Phase.COMPLETED)
-    closing = " (closing)" if facts.round > facts.rounds else f" of {1 if facts.rehearse else facts.rounds}"
+    awaited = {Phase.OPEN: "uploads", Phase.SEALED: "seals", Phase.EVALUATING: "reports"}.get(facts.phase or Phase.COMPLETED)
+    closing = " (closing)" if facts.round > facts.rounds else f" of {rounds}"
     number = state.attempt.attempt if state.attempt else 1
     again = f", attempt {number}" if number > 1 else ""
     return f"round {facts.round}{closing}{again} " + (
-        f"waits for {what} of {who}" if what and who else "goes on: nobody is waited for"
+        f"waits for {awaited} of {who}" if awaited and who else "goes on: nobody is waited for"
     )
 
 

@@ -256,9 +256,7 @@ def _details(store: Store, name: str) -> dict[str, Any]:
 
 def _view(store: Store, name: str) -> RunView:
     if store.run(name).plan.rehearse:
-        raise SettingsError(
-            f"{name} is a rehearsal: nobody's data was in it; `aggregator run show {name}` has its seconds and bytes"
-        )
+        raise UsageError(f"{name} is a rehearsal: nobody's data was in it; `aggregator run show {name}` has its seconds and bytes")
     return run_view(store, name)
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,6 +16,7 @@ from silo_agent.algorithms.at_home import Home
 from silo_agent.algorithms.fedavg import Round
 from silo_agent.budget import Budget
 from silo_agent.config import Settings
+from silo_agent.custody.hours import in_words
 from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.policy import Policy, judge
 from silo_agent.custody.spool import Spool
@@ -24,7 +26,7 @@ from silo_agent.inbox import Inbox
 from silo_agent.keyring import Keyring
 from silo_agent.launch import Helper
 from silo_agent.membership import Membership
-from silo_agent.round import Action, Attempt, Offered, Row, Stance, next_row
+from silo_agent.round import Action, Attempt, Facts, Offered, Row, Stance, next_row
 from silo_agent.run import Run, exponents_of
 from silo_agent.secure_sum.check import checked_sum, control_chunk, upload_coefficients
 from silo_agent.secure_sum.checkpoint import Reported, read_checkpoint
@@ -50,6 +52,10 @@ MAX_REASON_CHARS = 500  # of a Refusal; the aggregator takes one line of at most
 SUM_REFUSED = "the published sum failed the check; the agent's log says how"
 QUOTING = ("waiting", "paused", "disconnected", "refused")  # activities whose detail is somebody's sentence
 SEEDED_NOTE = "randomness came from a seed: reproducible, not private"
+
+
+def wall_clock() -> datetime:
+    return datetime.now(UTC)
 
 
 class Superseded(Exception):
@@ -91,7 +97,7 @@ class Agent:
             self.inbox.changed.clear()
             offer, doing = self.inbox.offer, "decide"
             try:
-                row = next_row(self.state.facts(offer.run), self._offered(offer))
+                row = next_row(self._facts(offer.run), self._offered(offer))
                 doing = row.action.value
                 if isinstance(self.inbox.trouble, IntegrityError):
                     self._wait(row, offer)  # its chain was cut: not even the offer at hand is served
@@ -137,6 +143,10 @@ class Agent:
         trouble, paused = self.inbox.trouble, self.state.paused()
         if trouble is None and paused:
             self._be("paused", paused)
+        elif trouble is None and row.name == "approval":
+            self._be("approval", f"waits for IT: silo-agent plan approve {offer.run}")
+        elif trouble is None and row.name == "hours" and (opens := self.policy.opens(wall_clock())) is not None:
+            self._be("hours", f"begin {in_words(opens)}: then the round trains here")
         elif trouble is None:
             self._be("waiting", offer.message or row.name)
         else:
@@ -163,6 +173,9 @@ class Agent:
             with suppress(StorageError):
                 self.state.set_activity(word, detail)
 
+    def _facts(self, run: str) -> Facts:
+        return replace(self.state.facts(run), off_hours=self.policy.opens(wall_clock()) is not None)
+
     def _offered(self, offer: pb.Offer) -> Offered:
         row = self.state.run(offer.run)
         run = None if row is None or row["code"] is not None else Run(row)  # a refused plan may not even parse
@@ -178,8 +191,8 @@ class Agent:
             ),
             epoch=offer.facts.key_epoch if offer.phase == pb.KEYING else 0 if ours is None else claimed(ours, pb.KeyEpoch).number,
             checkpoint_round=offer.checkpoint.facts.round,
-            validate_every=plan.validate_every if plan else 1,
-            rehearse=plan.rehearse if plan else False,
+            validate_every=run.plan.validate_every if run else 1,
+            rehearse=run.plan.rehearse if run else False,
         )
 
     def _our_keys(self, offer: pb.Offer) -> pb.Signed | None:
@@ -206,7 +219,7 @@ class Agent:
             self.budget.reserve(offer.run, parsed, binding.declared_patients)
         except WardroundError as error:
             code, reason = error.code, _one_line(error)
-        self.state.judged(offer.run, plan, plan_digest, code, reason, rehearse)
+        self.state.judged(offer.run, plan, plan_digest, code, reason, rehearse, self.policy.approval == "manual")
         log.info("plan judged", run=offer.run, accepted=code is None, reason=reason)
 
     def _refuse(self, offer: pb.Offer) -> None:
@@ -251,7 +264,6 @@ class Agent:
 
     def _decline(self, run: Run, error: WardroundError) -> None:
         """A run that was accepted cannot be joined after all."""
-        self.budget.release(run.id)
         self.state.refuse(run.id, error.code, _one_line(error))
         log.warning("run declined", run=run.id, code=error.code, reason=_one_line(error))
 

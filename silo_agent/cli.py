@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import tempfile
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from silo_agent.client import Credentials
 from silo_agent.config import Settings, load_settings
 from silo_agent.custody.door import Door, new_secret
 from silo_agent.custody.enrollment import enroll_request, read_enrollment
+from silo_agent.custody.hours import in_words
 from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.policy import judge, load_policy
 from silo_agent.custody.roster import approve
@@ -22,6 +24,7 @@ from silo_agent.custody.state import State
 from silo_agent.ledger_cli import ledger_app
 from silo_agent.membership import connect, stand_by
 from silo_agent.model_cli import model_app
+from silo_agent.plan_cli import plan_app
 from silo_agent.preflight import Finding, look_home, look_out
 from silo_agent.run import Run
 from wardround import tls
@@ -48,6 +51,7 @@ for name, group in (
     ("roster", roster_app),
     ("ledger", ledger_app),
     ("model", model_app),
+    ("plan", plan_app),
 ):
     app.add_typer(group, name=name)
 
@@ -252,24 +256,40 @@ def status(context: typer.Context, json_: Json = False) -> None:
         "certificate_ends": tls.load_certificate(keys.tls_material()[1]).not_valid_after_utc.isoformat(timespec="minutes"),
         "aggregator_audit_head": head["seq"] if head else 0,
     } | ({"paused": paused} if paused else {})
+    try:
+        if (opens := load_policy(settings.policy).opens(datetime.now(UTC))) is not None:
+            facts["hours"] = f"no training begins before {in_words(opens)}"
+    except SettingsError as error:
+        facts["policy"] = f"the agent will not start again: {error}"
+    rows = state.runs()
     runs = [
         {key: row[key] for key in ("run", "stance", "reason", "model_round")}
-        | {"rehearsal": row["code"] is None and parse_plan(row["plan"]).rehearse}
+        | {
+            "rehearsal": row["code"] is None and parse_plan(row["plan"]).rehearse,
+            "waits_for_approval": row["stance"] == "accepted" and state.approval_due(row["run"]),
+        }
         | _key_epoch(state, row)
         | _gain(state, row)
-        for row in state.runs()
+        for row in rows
     ]
     if json_:
         since = None if activity is None else activity["since_ms"]
         print_facts(facts | {"activity_since_ms": since, "runs": runs}, True)
         return
-    lines = [
-        f"{told['run']}: {'rehearsal, ' if told['rehearsal'] else ''}{told['stance']}, {_model(row)}, key epoch {told['key_epoch']}"
-        + (f"; {told['reason']}" if told["reason"] else "")
-        + (f"; Dice here {told['dice']:.3f}, {told['gain']:+.3f} against a model trained here alone" if "gain" in told else "")
-        for told, row in zip(runs, state.runs(), strict=True)
-    ]
+    lines = [_run_line(told, row) for told, row in zip(runs, rows, strict=True)]
     print_facts(facts | {"runs": lines or ["none"]}, False)
+
+
+def _run_line(told: dict[str, Any], row: sqlite3.Row) -> str:
+    waits = f"waits for approval: silo-agent plan show {told['run']}, then plan approve or reject"
+    parts = (
+        "rehearsal" * told["rehearsal"],
+        f"{told['stance']}, {_model(row)}, key epoch {told['key_epoch']}",
+        told["reason"],
+        waits * told["waits_for_approval"],
+        f"Dice here {told['dice']:.3f}, {told['gain']:+.3f} against a model trained here alone" if "gain" in told else "",
+    )
+    return f"{told['run']}: " + "; ".join(part for part in parts if part)
 
 
 def _gain(state: State, row: sqlite3.Row) -> dict[str, float]:
@@ -366,14 +386,25 @@ def policy_check(
     """
     settings, parsed = _settings(context), load_plan(plan)
     settings.dataset(parsed.dataset).check_classes(parsed.dataset, parsed.classes)
+    policy = load_policy(settings.policy)
     try:
-        judge(load_policy(settings.policy), parsed)
+        judge(policy, parsed)
     except PolicyRefusal as refusal:
         if not json_:
             raise
         print_facts({"plan": parsed.name, "accepted": False, "reason": str(refusal)}, True)
         raise typer.Exit(refusal.exit_code) from None
-    print_facts({"plan": parsed.name, "digest": digest_name(parsed.digest), "accepted": True}, json_)
+    facts: dict[str, Any] = {
+        "plan": parsed.name,
+        "digest": digest_name(parsed.digest),
+        "accepted": True,
+        "approval": policy.approval,
+    }
+    if policy.approval == "manual":
+        facts["approval"] = "manual: each run of it waits here until `silo-agent plan approve RUN`"
+    if policy.hours:
+        facts["hours"] = f"a round's training begins {policy.hours} ({policy.time_zone}) on {', '.join(policy.days)}"
+    print_facts(facts, json_)
 
 
 @roster_app.command("show")
@@ -446,8 +477,8 @@ def _model(run: sqlite3.Row) -> str:
     """Which model is held. The closing round trains nothing: it leaves the last model as it is."""
     if run["model_round"] < 0:
         return "no model yet"
-    rounds = Run(run).plan.rounds
-    return f"model of round {min(run['model_round'], rounds)} of {rounds}"
+    known = Run(run)
+    return f"model of round {min(known.model_round, known.last_round)} of {known.plan.rounds}"
 
 
 def _received(state: State) -> list[Roster]:

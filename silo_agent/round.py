@@ -68,6 +68,8 @@ class Facts:
     uploaded: Attempt = NEVER  # newest attempt with the aggregator's receipt
     sealed: Attempt = NEVER  # newest attempt sealed
     paused: bool = False  # IT wants nothing new to begin; what was trained still goes out
+    approval_due: bool = False  # the policy wants IT's word for this very run, and IT has not given it yet
+    off_hours: bool = False  # outside the policy's hours no training begins; one that began is finished
     released: bool = False  # the bundle of the final model, if this silo made it, is with the aggregator
 
 
@@ -125,6 +127,7 @@ TABLE: tuple[Row, ...] = (
     Row("not ours", lambda facts, offer: facts.stance is Stance.UNKNOWN, Action.WAIT),
     Row("halted", lambda facts, offer: offer.phase in ("FAILED", "ABORTED"), Action.CLOSE),
     Row("missed it", lambda facts, offer: offer.phase == "COMPLETED" and not _takes_part(facts), Action.CLOSE),
+    Row("approval", lambda facts, offer: facts.stance is Stance.ACCEPTED and facts.approval_due, Action.WAIT),
     Row("snapshot", lambda facts, offer: not (facts.has_snapshot or offer.rehearse), Action.SNAPSHOT),
     Row("initialize", lambda facts, offer: facts.model_round < 0, Action.INITIALIZE),
     Row("join", lambda facts, offer: facts.stance is Stance.ACCEPTED, Action.JOIN),
@@ -138,6 +141,7 @@ TABLE: tuple[Row, ...] = (
     Row("release", lambda facts, offer: offer.phase == "RELEASING" and not facts.released, Action.RELEASE),
     Row("make keys", lambda facts, offer: offer.phase == "KEYING" and facts.epoch < offer.epoch, Action.MAKE_KEYS),
     Row("paused", lambda facts, offer: facts.paused and _trains(offer) and facts.event_round < offer.attempt[0], Action.WAIT),
+    Row("hours", lambda facts, offer: facts.off_hours and _trains(offer) and facts.event_round < offer.attempt[0], Action.WAIT),
     Row("open event", lambda facts, offer: _trains(offer) and facts.event_round < offer.attempt[0], Action.OPEN_EVENT),
     Row("train", lambda facts, offer: _trains(offer) and facts.update_round < offer.attempt[0], Action.TRAIN),
     Row("encode", lambda facts, offer: _open(offer) and facts.encoded < offer.attempt, Action.ENCODE),

@@ -66,8 +66,8 @@ def round_event(plan: Plan) -> Event | None:
 
 def epsilon_after(plan: Plan, round_: int, last_round: int | None = None) -> float | None:
     """What a run has cost each patient once `round_` is over, at the plan's delta: reported, see above. The closing round costs
-    nothing; it follows `last_round`, the plan's if None. None without privacy: there is no bound; 0 where nothing trains, or on drawn
-    tensors."""
+    nothing; it follows `last_round`, the plan's if None. None without privacy: there is no bound; 0 where nothing trains,
+    or only on drawn tensors."""
     if plan.rounds == 0:
         return 0.0
     event = round_event(plan)

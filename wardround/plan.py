@@ -350,7 +350,7 @@ class Plan(Part):
         return self.privacy is not None and not self.rehearse
 
     def rehearsed(self) -> "Plan":
-        """The rehearsal of this plan: the same but for its digest and what that stands for. Raises PlanError: nothing to rehearse."""
+        """The rehearsal of this plan: the same but for its digest and what that stands for. Raises PlanError if nothing trains."""
         return parse_plan(canonical_json(self.model_dump(mode="json") | {"rehearse": True}))
 
     def canonical(self) -> bytes:

@@ -5,12 +5,14 @@ Absent, the strict default holds: the defaults of the class below. configs/polic
 
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from silo_agent.custody.hours import HOURS, WEEK, Day, parse_hours
 from wardround.accounting import MAX_EPSILON_CAP
 from wardround.errors import PolicyRefusal, SettingsError
 from wardround.plan import NETWORKS, Plan, explain
@@ -41,6 +43,18 @@ class Policy(BaseModel):
     delta: Annotated[float, Field(gt=0, le=1e-3)] = 1.0e-5
     """Above one over the number of patients it protects nobody."""
 
+    approval: Literal["automatic", "manual"] = "automatic"
+    """manual: a plan that this policy accepts still waits here until IT types `silo-agent plan approve RUN`."""
+
+    hours: Annotated[str, Field(pattern=rf"^$|{HOURS.pattern}")] = ""
+    """When a round's training may begin, by the wall clock of time_zone: 22:00-06:00. Empty: always. What began is finished."""
+
+    time_zone: str = ""
+    """Of `hours`: a name of the IANA database, e.g. Europe/Brussels."""
+
+    days: tuple[Day, ...] = WEEK
+    """On which a window of `hours` begins."""
+
     allow_without_privacy: bool = False
     """Plans without differential privacy: nothing bounds what a model tells about one patient. For simulated data."""
 
@@ -57,7 +71,15 @@ class Policy(BaseModel):
     def _fits(self) -> Self:
         if self.min_silos < 3 and not self.allow_two_silo_sum:
             raise ValueError("min_silos: 2 needs allow_two_silo_sum: true, for a sum of two shows each hospital the other's update")
+        if self.hours:
+            parse_hours(self.hours, self.time_zone, self.days)
+        elif self.time_zone or self.days != WEEK:
+            raise ValueError("time_zone and days say when hours holds: hours is missing")
         return self
+
+    def opens(self, now: datetime) -> datetime | None:
+        """When training may begin next here; None: it may now."""
+        return parse_hours(self.hours, self.time_zone, self.days).opens(now) if self.hours else None
 
 
 def _meant(value: Any) -> Any:

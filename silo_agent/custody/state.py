@@ -17,7 +17,7 @@ from silo_agent.custody import ledger
 from silo_agent.custody.ledger import Ledger
 from silo_agent.round import NEVER, Attempt, Facts, Stance
 from wardround import audit
-from wardround.errors import ConflictError, SettingsError, StorageError
+from wardround.errors import ConflictError, PolicyRefusal, SettingsError, StorageError
 from wardround.pb import federation_pb2 as pb
 from wardround.stop import Progress
 
@@ -51,6 +51,13 @@ CREATE TABLE IF NOT EXISTS runs (
     model_round INTEGER NOT NULL DEFAULT -1,     -- newest global model: -1 none, 0 the initial one
     halt BLOB,                                   -- the signed Halt, exactly as sent: a sum failed the check
     CHECK ((stance IN ('refusing', 'refused')) = (code IS NOT NULL))
+) STRICT;
+
+-- Runs that the policy accepted and that wait, or waited, for IT's word (approval: manual). It is given for one run of one plan.
+CREATE TABLE IF NOT EXISTS approvals (
+    run TEXT PRIMARY KEY REFERENCES runs,
+    plan_digest BLOB NOT NULL CHECK (length(plan_digest) = 32),
+    approved_ms INTEGER                          -- ms since 1970; NULL: not yet
 ) STRICT;
 
 -- Key epochs this silo holds or held. Destroyed keys are overwritten (secure_delete): once a newer epoch serves alone, after a
@@ -330,6 +337,7 @@ class State:
             epoch=_or(newest("epochs", "number", "told = 1"), 0),
             halting=row["halt"] is not None,
             paused=bool(self.paused()),
+            approval_due=self.approval_due(run),
             event_round=_or(newest("events", "round"), 0),
             update_round=_or(newest("events", "round", "update_digest IS NOT NULL"), 0),
             encoded=attempt("TRUE"),
@@ -338,21 +346,62 @@ class State:
             released=newest("bundles", "sent", "sent = 1") is not None,
         )
 
-    def judged(self, run: str, plan: bytes, plan_digest: bytes, code: str | None, reason: str, rehearse: bool = False) -> None:
-        """The hospital's answer to a plan; `code` None: accepted."""
+    def judged(
+        self,
+        run: str,
+        plan: bytes,
+        plan_digest: bytes,
+        code: str | None,
+        reason: str,
+        rehearse: bool = False,
+        ask_it: bool = False,
+    ) -> None:
+        """The policy's answer to a plan; `code` None: accepted. `ask_it`: and IT is to approve it."""
         stance = Stance.ACCEPTED if code is None else Stance.REFUSING
         with self._transaction() as db:
             db.execute(
                 "INSERT INTO runs (run, plan, stance, code, reason) VALUES (?, ?, ?, ?, ?)", (run, plan, stance.value, code, reason)
             )
+            if ask_it and code is None:
+                db.execute("INSERT INTO approvals VALUES (?, ?, NULL)", (run, plan_digest))
             rehearsal = {"rehearsal": True} if rehearse else {}
             self._record(db, stance.value, {"run": run, "plan": plan_digest.hex(), "code": code, "reason": reason} | rehearsal)
 
-    def refuse(self, run: str, code: str, reason: str) -> None:
-        """A run that was accepted and cannot be joined after all: no such data, say."""
+    def approval_due(self, run: str) -> bool:
+        """Whether the run waits for IT's word."""
+        return self._one("SELECT 1 FROM approvals WHERE run = ? AND approved_ms IS NULL", run) is not None
+
+    def approve(self, run: str) -> bytes:
+        """IT's word for this run of the plan that was judged; its digest. Raises SettingsError when nothing waits for it."""
         with self._transaction() as db:
-            db.execute("UPDATE runs SET stance = 'refusing', code = ?, reason = ? WHERE run = ?", (code, reason, run))
-            self._record(db, "refusing", {"run": run, "code": code, "reason": reason})
+            row = self._waiting_for_it(run)
+            db.execute("UPDATE approvals SET approved_ms = ? WHERE run = ?", (now_ms(), run))
+            self._record(db, "approved", {"run": run, "plan": row["plan_digest"].hex()})
+            return bytes(row["plan_digest"])
+
+    def reject(self, run: str, reason: str) -> None:
+        """IT's no. Raises SettingsError when nothing waits for it."""
+        with self.ledger() as book:
+            self._waiting_for_it(run)
+            self._refuse(book, run, PolicyRefusal.code, f"rejected by the hospital's IT: {reason}")
+
+    def _waiting_for_it(self, run: str) -> sqlite3.Row:
+        row: sqlite3.Row | None = self._one(
+            "SELECT plan_digest FROM approvals NATURAL JOIN runs WHERE run = ? AND approved_ms IS NULL AND stance = 'accepted'", run
+        )
+        if row is None:
+            raise SettingsError(f"{run} waits for nobody's approval here: see `silo-agent status`")
+        return row
+
+    def refuse(self, run: str, code: str, reason: str) -> None:
+        """A run that was accepted and cannot be joined after all: no such data, say. What it reserved is free again."""
+        with self.ledger() as book:
+            self._refuse(book, run, code, reason)
+
+    def _refuse(self, book: Ledger, run: str, code: str, reason: str) -> None:
+        book.release(run, now_ms())
+        self._db.execute("UPDATE runs SET stance = 'refusing', code = ?, reason = ? WHERE run = ?", (code, reason, run))
+        self._record(self._db, "refusing", {"run": run, "code": code, "reason": reason})
 
     def snapshot_made(self, run: str, snapshot: str, counts: dict[str, int]) -> None:
         with self._transaction() as db:

@@ -123,7 +123,7 @@ class Silo:
 
     def obey(self, offer: pb.Offer) -> str:
         """The row that is due; it is performed, unless it is to wait."""
-        row = next_row(self.state.facts(offer.run), self.agent._offered(offer))
+        row = next_row(self.agent._facts(offer.run), self.agent._offered(offer))
         if row.action is not Action.WAIT:
             self.agent.perform(row, offer)
             self.did.append(row.name)

@@ -134,6 +134,11 @@ def test_the_policy_of_the_values_is_the_policy_of_the_program(render: Render, t
         ({"epsilon_cap": 0}, "epsilon_cap"),
         ({"min_silos": 2}, "allow_two_silo_sum"),
         ({"networks": ["UNETR"]}, "networks"),
+        ({"approval": "by-post"}, "approval"),
+        ({"hours": "22-06", "time_zone": "UTC"}, "hours"),
+        ({"hours": "22:00-06:00"}, "time_zone"),
+        ({"hours": "22:00-06:00", "time_zone": "UTC", "days": []}, "days"),
+        ({"time_zone": "UTC"}, "time_zone"),
     ],
 )
 def test_a_policy_that_cannot_hold_is_refused_by_helm(helm: Callable[..., Any], rules: dict[str, Any], told: str) -> None:

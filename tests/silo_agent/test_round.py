@@ -177,6 +177,21 @@ def test_while_it_is_paused_nothing_new_begins_and_what_was_trained_goes_out() -
     assert decide(paused, offered("EVALUATING", 1, summed_rounds=frozenset({1}))) is Action.APPLY
 
 
+def test_off_hours_only_the_beginning_of_a_training_waits() -> None:
+    resting = replace(JOINED, evaluated_round=0, off_hours=True)
+    assert next_row(resting, offered("OPEN", 1)).name == "hours"
+    assert decide(replace(resting, event_round=1), offered("OPEN", 1)) is Action.TRAIN
+    assert decide(resting, offered("OPEN", ROUNDS + 1)) is Action.ENCODE
+    assert decide(Facts(Stance.UNKNOWN, off_hours=True), offered("INVITED")) is Action.JUDGE
+
+
+def test_without_the_hospitals_word_nothing_is_opened_and_a_run_that_ended_is_closed() -> None:
+    waiting = Facts(Stance.ACCEPTED, approval_due=True)
+    assert decide(waiting, offered("INVITED")) is Action.WAIT
+    assert decide(replace(waiting, approval_due=False), offered("INVITED")) is Action.SNAPSHOT
+    assert decide(waiting, offered("COMPLETED")) is decide(waiting, offered("FAILED")) is Action.CLOSE
+
+
 def every_pair() -> list[tuple[Facts, Offered]]:
     phases = ["IDLE", "INVITED", "WAITING", "KEYING", "OPEN", "SEALED", "EVALUATING", "RELEASING", "COMPLETED", "FAILED", "ABORTED"]
     stances, small = list(Stance), [-1, 0, 1]
@@ -193,6 +208,8 @@ def every_pair() -> list[tuple[Facts, Offered]]:
         )
     ]
     facts += [replace(one, paused=True) for one in facts if one.stance in (Stance.UNKNOWN, Stance.JOINED)]
+    facts += [replace(one, approval_due=True) for one in facts if one.stance is Stance.ACCEPTED]
+    facts += [replace(one, off_hours=True) for one in facts if one.stance is Stance.JOINED and not one.paused]
     return list(product(facts, offers))
 
 

@@ -119,11 +119,11 @@ class World:
 
     def due(self, offer: pb.Offer) -> str:
         """The row that decides, not performed."""
-        return next_row(self.state.facts(offer.run), self.agent._offered(offer)).name
+        return next_row(self.agent._facts(offer.run), self.agent._offered(offer)).name
 
     def step(self, offer: pb.Offer) -> str:
         """One row; its name. To wait would be to wait for ever."""
-        row = next_row(self.state.facts(offer.run), self.agent._offered(offer))
+        row = next_row(self.agent._facts(offer.run), self.agent._offered(offer))
         if row.action is not Action.WAIT:
             self.agent.perform(row, offer)
         return row.name
