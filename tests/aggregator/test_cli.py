@@ -115,7 +115,7 @@ def test_a_run_from_submission_to_its_end(aggregator: TestAggregator, command: A
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
     assert cells == [["0", "0.5", "3"], ["1", "0.5", "3"], ["2", "0.5", "3"]] and "model of round ┃ dice ┃ hospitals" in shown
     assert "2 of 2\n" in shown and "in_sum" not in shown and "completed  {" not in shown
-    assert [cell.strip() for cell in command("run", "list")[1].splitlines()[3].split("│")[3:5]] == ["2", "2"]
+    assert [cell.strip() for cell in command("run", "list")[1].splitlines()[3].split("│")[4:6]] == ["2", "2"]
     assert command("run", "abort", "tiny-1")[::2] == (
         2,
         "error (usage): tiny-1 has ended already (completed): there is nothing to abort\n",

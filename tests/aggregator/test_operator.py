@@ -99,7 +99,7 @@ def test_an_operator_that_died_before_its_note_submits_no_second_run(aggregator:
 
 def test_a_plan_that_does_not_hold_makes_nothing_and_says_why(aggregator: TestAggregator, cluster: Cluster) -> None:
     aggregator.hospitals()
-    cluster.apply("bad", TINY_PLAN | {"rounds": 0, "extra": 1})
+    cluster.apply("bad", TINY_PLAN | {"rounds": -1, "extra": 1})
     status = cluster.status("bad")
     assert status["phase"] == "Invalid" and "rounds" in status["message"] and "extra" in status["message"]
     assert aggregator.store.runs() == [] and cluster.events() == ["Invalid"]

@@ -64,7 +64,7 @@ class Haunted(Federation):
         bound = settings["datasets"]["brain-t1"]
         settings["datasets"] |= {f"without-{other}": bound for other in NAMES if other != silo}
         file.write_text(yaml.safe_dump(settings))
-        with (folder / "policy.yaml").open("a") as policy:
+        with self.policy(silo).open("a") as policy:
             policy.write("allow_seeded_noise: true\n")
         super().start_silo(silo)
 
@@ -113,6 +113,14 @@ class Haunted(Federation):
     def come_back(self, silo: str) -> None:
         self.away.remove(silo)
         self.silos[silo].restart()
+
+    def policy(self, silo: str) -> Path:
+        return self.silo_folder(silo) / "policy.yaml"
+
+    def restart_with(self, silo: str, policy: str) -> None:
+        self.leave(silo)
+        self.policy(silo).write_text(policy)
+        self.come_back(silo)
 
     def all_programs(self) -> list[Program]:
         return [program for program in (self.aggregator, *self.silos.values()) if program and program.name not in self.away]

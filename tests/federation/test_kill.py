@@ -2,9 +2,10 @@
 same bits come out.
 
 One federation goes through a story: a run that nobody disturbs, the same run with a death before and after every row, a hospital
-that goes back to a backup, a run and hospitals that pause, one that is away while keys are agreed, a sum that holds an upload
-twice, a run that is aborted, runs that are refused. What only disagreeing or absent silos bring about comes from fake silos at a
-second aggregator. The rows are the tables' own: a new one fails here until something reaches it.
+that goes back to a backup, a run and hospitals that pause, hospitals that ask their IT and train at night, one that is away while
+keys are agreed, a sum that holds an upload twice, a run that is aborted, runs that are refused. What only disagreeing or absent
+silos bring about comes from fake silos at a second aggregator. The rows are the tables' own: a new one fails here until something
+reaches it.
 """
 
 import socket
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,7 @@ def _tell(federation: Haunted, story: Story) -> Story:
     _restore(federation, "agent.before.join", "missed it")
     _restore(federation, "agent.before.judge", "not ours")
     _pause(federation)
+    _ask_it(federation)
     story.late = _late(federation)
     _refuse_a_sum(federation)
     _abort(federation)
@@ -104,6 +107,11 @@ def _tell(federation: Haunted, story: Story) -> Story:
     return story
 
 
+def _died(federation: Haunted, row: str) -> bool:
+    """Every hospital whose death at this row is due."""
+    return all({name for name in DUE[silo] if name.endswith(f".{row}")} <= federation.deaths[silo].died for silo in NAMES)
+
+
 def _pause(federation: Haunted) -> None:
     """Hospitals that take no new run; a run that opens no round; hospitals that train for none. Then all goes on."""
 
@@ -111,20 +119,35 @@ def _pause(federation: Haunted) -> None:
         for silo in NAMES:
             federation.at_silo(silo, *(("pause", reason) if reason else ("resume",)))
 
-    def died(row: str) -> bool:
-        return all({name for name in DUE[silo] if name.endswith(f".{row}")} <= federation.deaths[silo].died for silo in NAMES)
-
     pause("the scanner moves")
     run = federation.ask(tiny())
     federation.opened.store.pause(run, "the protocol is read again", "tester")
-    federation.until(lambda: died("no new run"), "hospitals that take no new run")
+    federation.until(lambda: _died(federation, "no new run"), "hospitals that take no new run")
     pause("")
     paused = {"aggregator.before.paused", "aggregator.after.paused"}
     federation.until(lambda: paused <= federation.deaths["aggregator"].died, "a run that opens no round")
     pause("the scanner moves")
     federation.opened.store.pause(run, "", "tester")
-    federation.until(lambda: died("paused"), "hospitals that train for no round")
+    federation.until(lambda: _died(federation, "paused"), "hospitals that train for no round")
     pause("")
+    federation.ended(run)
+
+
+def _ask_it(federation: Haunted) -> None:
+    """Hospitals whose IT has the last word on a run, and then its hours; then all goes on."""
+
+    later = datetime.now(UTC) + timedelta(hours=2)
+    strict = f"approval: manual\nhours: {later:%H}:00-{later:%H}:01\ntime_zone: UTC\n"
+    usual = {silo: federation.policy(silo).read_text() for silo in NAMES}
+    for silo in NAMES:
+        federation.restart_with(silo, usual[silo] + strict)
+    run = federation.ask(tiny())
+    federation.until(lambda: _died(federation, "approval"), "hospitals whose IT is asked")
+    for silo in NAMES:
+        federation.at_silo(silo, "plan", "approve", run)
+    federation.until(lambda: _died(federation, "hours"), "hospitals that train at night")
+    for silo, policy in usual.items():
+        federation.restart_with(silo, policy)
     federation.ended(run)
 
 
