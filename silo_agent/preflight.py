@@ -152,6 +152,8 @@ def _resolve(host: str, otherwise: str) -> str:
 def _connect(host: str, port: int, otherwise: str) -> socket.socket:
     try:
         return socket.create_connection((host, port), TIMEOUT_S)
+    except ConnectionRefusedError:
+        raise _Broken("tcp", f"nothing listens at {host}:{port}: is it up? If it is, a firewall rejects: {otherwise}") from None
     except OSError as error:
         how = "nothing comes back" if isinstance(error, TimeoutError) else error.strerror or "refused"
         raise _Broken("tcp", f"{host}:{port} cannot be reached ({how}): {otherwise}") from None

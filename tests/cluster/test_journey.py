@@ -97,8 +97,8 @@ def test_mlflow_wants_a_login(federation: Federation, kube: Kube) -> None:
 
 
 def test_helm_tests_hold(federation: Federation, kube: Kube) -> None:
-    kube.helm("test", "wardround", "-n", NS)
-    kube.helm("test", "silo", "-n", at(NAMES[2]))
+    kube.helm("test", "wardround", "-n", NS, "--logs")
+    kube.helm("test", "silo", "-n", at(NAMES[2]), "--logs")
 
 
 PROBE = """
