@@ -190,6 +190,7 @@ def result(plan: Plan, seed: int, learned: Learned, found: Comparison, seconds: 
         "audit_verified": learned.audit_verified,
         "metric": {
             "federated": round(mean_dice(found.federated), 4),
+            "start": round(mean_dice(found.start), 4),
             "pooled": round(mean_dice(found.pooled), 4),
             "local_mean": round(found.local_mean, 4),
             "without_privacy": round(mean_dice(found.without_privacy), 4),
@@ -197,6 +198,7 @@ def result(plan: Plan, seed: int, learned: Learned, found: Comparison, seconds: 
         },
         "silos": {
             name: {
+                "start": round(found.start[name], 4),
                 "federated": round(found.federated[name], 4),
                 "local": round(mean_dice(found.local[name]), 4),
                 "local_at_home": round(found.local[name][name], 4),
@@ -211,14 +213,14 @@ def result(plan: Plan, seed: int, learned: Learned, found: Comparison, seconds: 
 
 def show(console: Console, plan: Plan, value: Mapping[str, Any]) -> None:
     """The last screen."""
-    columns = ("federated", "without privacy", "alone, at home", "alone, everywhere", "pooled")
+    columns = ("start", "federated", "without privacy", "alone, at home", "alone, everywhere", "pooled")
     table = Table("hospital", *columns, title=f"{plan.name}: Dice on test patients")
     for name, silo in value["silos"].items():
-        cells = (silo["federated"], silo["without_privacy"], silo["local_at_home"], silo["local"], silo["pooled"])
+        cells = (silo[key] for key in ("start", "federated", "without_privacy", "local_at_home", "local", "pooled"))
         table.add_row(name, *(f"{cell:.3f}" for cell in cells))
     metric = value["metric"]
     home = sum(silo["local_at_home"] for silo in value["silos"].values()) / len(value["silos"])
-    means = (metric["federated"], metric["without_privacy"], home, metric["local_mean"], metric["pooled"])
+    means = (metric["start"], metric["federated"], metric["without_privacy"], home, metric["local_mean"], metric["pooled"])
     table.add_section()
     table.add_row("mean", *(f"{mean:.3f}" for mean in means))
     console.print(table)
@@ -231,8 +233,8 @@ def show(console: Console, plan: Plan, value: Mapping[str, Any]) -> None:
         f"the worst served hospital is {metric['worst_silo']}"
     )
     say(
-        "every column but the first is without noise and without a clip; pooled draws three times the batch: as many steps and "
-        "samples as the federation; no hospital could do that"
+        "the start learned from drawn shapes and saw no patient; every other column but federated is without noise and without a "
+        "clip; pooled draws three times the batch: as many steps and samples as the federation; no hospital could do that"
     )
     say("\n".join(("audit chains verified; updates travelled encrypted (BFV)", *plan.caveats, SIMULATED)))
     say(f"{value['seconds']:.0f} s after the data was there, {value['peak_memory_bytes'] / 1e9:.1f} GB resident at most")

@@ -352,6 +352,9 @@ def data_check(
     \b
     Example:
       silo-agent data check brain-t1
+
+    `snapshot` names what was read, and stays in this hospital; the digest that MLflow shows of its dataset is of the declared
+    facts alone, so the two differ.
     """
     from silo_agent.errand import run_errand
     from silo_agent.work import IngestWork

@@ -23,8 +23,10 @@ def run_errand(work: IngestWork, doing: str) -> IngestResult: ...
 
 
 def run_errand(work: IngestWork | TrainerWork, doing: str) -> IngestResult | TrainerResult:
-    """`doing` is shown with the seconds while it takes. Raises what the helper failed with."""
+    """`doing` is shown while it takes, with the seconds on a terminal. Raises what the helper failed with."""
     program = "trainer" if isinstance(work, TrainerWork) else "ingest"
+    live = sys.stderr.isatty()
+    sys.stderr.write(doing)
     with tempfile.TemporaryDirectory(prefix="wr-") as folder, Path(os.devnull).open("w") as nowhere:
         desk = Desk(f"unix:{Path(folder) / 'desk'}")
         helper, started, result = Process(program, desk.address, nowhere), time.monotonic(), None
@@ -33,7 +35,8 @@ def run_errand(work: IngestWork | TrainerWork, doing: str) -> IngestResult | Tra
             while result is None:
                 helper.ensure()
                 result = desk.wait(work_id, LOOK_S)
-                sys.stderr.write(f"\r{doing}, {time.monotonic() - started:.0f} s")
+                if live:
+                    sys.stderr.write(f"\r{doing}, {time.monotonic() - started:.0f} s")
         finally:
             sys.stderr.write("\n")
             helper.stop()

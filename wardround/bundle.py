@@ -270,6 +270,8 @@ def _provenance(released: Released) -> list[str]:
         "- `models/model.safetensors` holds exactly the signed arrays. `models/model.pt` is the same for "
         "`monai.bundle.load`, written "
         "by one hospital's trainer and opened by nobody else: compare the two where that matters.",
+        f"- `models:/{released.plan.name}@released` is the newest released model of that name, however good; a version's number "
+        "names one for good.",
     ]
 
 

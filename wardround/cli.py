@@ -75,8 +75,8 @@ def validate(
       wardround plan validate configs/plans/brain-tissue.yaml
       wardround plan validate next.yaml --bundle brain-tissue
 
-    Exit code 2 and every problem by its key when the plan does not hold. Whether a hospital takes part is its own
-    decision: aggregator plan check.
+    Exit code 2 when the plan does not hold, and what is wrong by its key; a section of an unknown kind (training.algorithm,
+    say) hides what is wrong inside it. Whether a hospital takes part is its own decision: aggregator plan check.
     """
     plan = load_plan(file)
     facts = plan_facts(plan)

@@ -24,7 +24,7 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_means_by_hand() -> None:
-    found = Comparison({}, without_privacy={}, pooled={}, local={"a": {"a": 0.9, "b": 0.3}, "b": {"a": 0.5, "b": 0.7}})
+    found = Comparison({}, {}, without_privacy={}, pooled={}, local={"a": {"a": 0.9, "b": 0.3}, "b": {"a": 0.5, "b": 0.7}})
     assert found.local_mean == pytest.approx((0.6 + 0.6) / 2)
 
 
