@@ -47,7 +47,8 @@ def test_a_name_nobody_knows(aggregator: TestAggregator) -> None:
 
 def test_a_closed_port(aggregator: TestAggregator) -> None:
     hops, line = told(look_out("localhost", 1, roots(aggregator), None))
-    assert hops == ["name"] and "ask the firewall team to allow TCP 1 to localhost" in line
+    assert hops == ["name"] and "nothing listens at localhost:1: is it up?" in line
+    assert "ask the firewall team to allow TCP 1 to localhost" in line
 
 
 def test_tls_inspection_is_named_with_its_issuer(tmp_path: Path, aggregator: TestAggregator) -> None:

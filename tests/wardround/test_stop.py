@@ -95,6 +95,8 @@ def test_a_plan_without_rounds_measures_a_model_and_nothing_else() -> None:
     assert plan.rounds == 0 and [note for note in plan.caveats if "nothing is trained" in note] == list(plan.caveats)
     with pytest.raises(PlanError, match=r"rounds: 0 trains nothing and needs initial\.bundle"):
         with_(rounds=0)
+    with pytest.raises(PlanError, match="there is nothing to rehearse"):
+        plan.rehearsed()
     with pytest.raises(PlanError, match="needs release: silos-only"):
         with_(rounds=0, release="registry", **warm)
     with pytest.raises(PlanError, match="needs no stop"):
