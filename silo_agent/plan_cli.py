@@ -10,7 +10,7 @@ from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.state import State
 from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, plan_facts, print_facts
-from wardround.errors import SettingsError
+from wardround.errors import UsageError
 from wardround.plan import flattened, parse_plan
 
 MAX_REASON_CHARS = 200
@@ -29,7 +29,7 @@ def show(context: typer.Context, run: Run, json_: Json = False) -> None:
     """
     row = State(_settings(context).data / "state.sqlite").run(run)
     if row is None or row["code"] is not None:
-        raise SettingsError(f"this hospital holds no plan of {run} that it accepted: see `silo-agent status`")
+        raise UsageError(f"this hospital holds no plan of {run} that it accepted: see `silo-agent status`")
     plan = parse_plan(row["plan"])
     print_facts(plan_facts(plan) | {"rehearsal": plan.rehearse, "plan": [f"{k}: {v}" for k, v in flattened(plan).items()]}, json_)
 
@@ -62,7 +62,7 @@ def reject(
       silo-agent plan reject brain-tissue-1 --reason "the ethics vote is due in March"
     """
     if not (told := " ".join(reason.split())[:MAX_REASON_CHARS]):
-        raise SettingsError("the reason is empty: say in one sentence why, for the coordinator who asked")
+        raise UsageError("the reason is empty: say in one sentence why, for the coordinator who asked")
     _writable(context).reject(run, told)
     print_facts({"rejected": run, "reason": told}, json_)
 

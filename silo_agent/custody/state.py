@@ -17,7 +17,7 @@ from silo_agent.custody import ledger
 from silo_agent.custody.ledger import Ledger
 from silo_agent.round import NEVER, Attempt, Facts, Stance
 from wardround import audit
-from wardround.errors import ConflictError, PolicyRefusal, SettingsError, StorageError
+from wardround.errors import ConflictError, PolicyRefusal, SettingsError, StorageError, UsageError
 from wardround.pb import federation_pb2 as pb
 from wardround.stop import Progress
 
@@ -372,7 +372,7 @@ class State:
         return self._one("SELECT 1 FROM approvals WHERE run = ? AND approved_ms IS NULL", run) is not None
 
     def approve(self, run: str) -> bytes:
-        """IT's word for this run of the plan that was judged; its digest. Raises SettingsError when nothing waits for it."""
+        """IT's word for this run of the plan that was judged; its digest. Raises UsageError when nothing waits for it."""
         with self._transaction() as db:
             row = self._waiting_for_it(run)
             db.execute("UPDATE approvals SET approved_ms = ? WHERE run = ?", (now_ms(), run))
@@ -380,7 +380,7 @@ class State:
             return bytes(row["plan_digest"])
 
     def reject(self, run: str, reason: str) -> None:
-        """IT's no. Raises SettingsError when nothing waits for it."""
+        """IT's no. Raises UsageError when nothing waits for it."""
         with self.ledger() as book:
             self._waiting_for_it(run)
             self._refuse(book, run, PolicyRefusal.code, f"rejected by the hospital's IT: {reason}")
@@ -390,7 +390,7 @@ class State:
             "SELECT plan_digest FROM approvals NATURAL JOIN runs WHERE run = ? AND approved_ms IS NULL AND stance = 'accepted'", run
         )
         if row is None:
-            raise SettingsError(f"{run} waits for nobody's approval here: see `silo-agent status`")
+            raise UsageError(f"{run} waits for nobody's approval here: see `silo-agent status`")
         return row
 
     def refuse(self, run: str, code: str, reason: str) -> None:

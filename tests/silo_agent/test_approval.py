@@ -16,7 +16,7 @@ from tests.silo_agent.test_budget import PRIVATE, kinds
 from tests.silo_agent.world import RUN, World
 from tests.support.hospital import LENIENT
 from wardround.cli import run
-from wardround.errors import SettingsError
+from wardround.errors import UsageError
 from wardround.messages import run_ctx
 from wardround.pb import federation_pb2 as pb
 
@@ -100,7 +100,7 @@ def test_the_word_is_for_one_run_of_one_plan(world: World) -> None:
     again = world.invited(run="tiny-2")
     world.steps(again, "judge")
     assert world.due(again) == "approval"
-    with pytest.raises(SettingsError, match="tiny-3 waits for nobody's approval"):
+    with pytest.raises(UsageError, match="tiny-3 waits for nobody's approval"):
         world.state.approve("tiny-3")
 
 
@@ -108,7 +108,7 @@ def test_a_run_that_ends_meanwhile_gives_back_what_it_reserved(world: World) -> 
     world.steps(world.invited(), "judge")
     world.steps(pb.Offer(phase=pb.COMPLETED, run=RUN), "missed it")
     assert kinds(world) == ["cap", "reserved", "released"]
-    with pytest.raises(SettingsError, match="waits for nobody's approval"):
+    with pytest.raises(UsageError, match="waits for nobody's approval"):
         world.state.approve(RUN)
 
 
