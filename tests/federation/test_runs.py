@@ -96,7 +96,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
             federation = Split(folder / "federation", programs, sites, uri, seed=7)
             federation.set_up()
             first = federation.finished(FIRST)
-            second = federation.finished(FIRST.model_copy(update={"rounds": 8, "stop": HOPELESS}), "--continue", first["run"])
+            onward = FIRST.model_copy(update={"rounds": 8, "stop": HOPELESS, "local_gain": True})
+            second = federation.finished(onward, "--continue", first["run"])
             given = tiny({"min_silos": 3}, name="runs", rounds=0, initial=WarmStart(bundle=federation.digest(second)))
             yield Done(federation, connect(uri), first, second, federation.finished(given))
     finally:
@@ -135,6 +136,15 @@ def test_its_rule_ends_it_at_every_hospital_after_the_same_round(done: Done) -> 
         kept = rows(done.federation.silo_database(silo), "SELECT * FROM progress WHERE run = ?", run)[0]
         assert (kept["measured"], kept["waited"], kept["stopped_after"]) == (3, 2, STOPPED)
     assert done.federation.digest(done.second) not in ("no", done.federation.digest(done.first))
+
+
+def test_every_hospital_sees_what_the_federation_gave_it(done: Done) -> None:
+    """Measured on the model that the rule ended with, beside one that this hospital trained alone; of no other run."""
+    for silo in NAMES:
+        told = {one["run"]: one for one in json.loads(done.federation.at_silo(silo, "status", "--json"))["runs"]}
+        second = told.pop(done.second["run"])
+        assert 0 <= second["dice"] <= 1 and -1 <= second["gain"] <= 1 and not any("gain" in one for one in told.values())
+        assert number(done, silo, "alone", done.second["run"]) == 1
 
 
 def test_a_given_model_is_measured_and_gets_what_its_run_reported(done: Done) -> None:
