@@ -309,7 +309,7 @@ def _bound(plan: Plan) -> str:
         f"(epsilon {privacy.epsilon:g}, delta {privacy.delta:g})-differential privacy of each patient of each hospital, "
         "over the whole run, "
         f"by DP-SGD with noise multiplier {event.noise_multiplier:g}, norm {privacy.max_grad_norm:g} and sample rate "
-        f"{privacy.sample_rate:g}. Not covered: the declared numbers of patients, the validation means above, and a "
+        f"{privacy.sample_rate:g}. Not covered: the declared numbers of patients, the validation means, and a "
         "patient who was "
         "treated in two of the hospitals."
     )
