@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,8 @@ def test_a_run_waits_for_its_silos_and_says_for_whom(aggregator: TestAggregator)
     assert situation(aggregator.store.run(run), 0) == "tiny-1 waits until leuven joins"
     assert silos[0].poll().message == "tiny-1 waits until leuven joins"
     assert aggregator.store.run(run).phase == "pending"
+    everyone = replace(aggregator.store.run(run), joins=dict.fromkeys(("charite", "leuven", "st-marys"), pb.Signed()))
+    assert situation(everyone, 0) == "tiny-1 starts"  # not that it waits until nobody joins
 
 
 def test_a_paused_run_ends_its_round_and_opens_no_other_until_it_is_resumed(aggregator: TestAggregator) -> None:

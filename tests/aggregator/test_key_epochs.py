@@ -51,6 +51,9 @@ def test_the_first_by_name_is_asked_and_the_others_wait(aggregator: TestAggregat
     until(lambda: len(silos[1].poll().relayed) == 1)
     state = aggregator.store.active_run()
     assert state is not None and situation(state, 0) == "key epoch 1 waits until leuven, st-marys acknowledged its keys"
+    assert state.epoch is not None
+    everyone = replace(state, epoch=replace(state.epoch, acks=dict.fromkeys(SILOS[1:], pb.Signed())))
+    assert situation(everyone, 0) == "round 1 of 2 opens"  # not that it waits until nobody acknowledged
     for silo in silos:
         silo.keys = True
     at("open", aggregator, silos)
