@@ -23,7 +23,7 @@ from wardround.plan import Plan, UNet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-SILO = "st-marys"  # the one whose four patients are not all for training or testing
+SILO = "leuven"  # the one whose four patients are not all for training or testing
 STRANGER = """
 import json, sys
 from pathlib import Path

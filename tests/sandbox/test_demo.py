@@ -20,7 +20,7 @@ from sandbox.demo import NUM_PATIENTS, PLAN
 from sandbox.federation import FEDERATION, SIMULATED
 from sandbox.processes import call, tool
 from silo_agent.agent import SEEDED_NOTE
-from wardround.plan import UNMASKED, load_plan
+from wardround.plan import UNMASKED, Plan, load_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 REPOSITORY = Path(__file__).parents[2]
@@ -80,27 +80,33 @@ def test_the_result_has_what_others_read(told: tuple[Path, dict[str, Any], str])
 def test_the_federation_comes_up_again_for_a_run_of_ones_own(told: tuple[Path, dict[str, Any], str]) -> None:
     """With the curve and what the patients are in MLflow at its old address; meanwhile no other demo takes it away."""
     folder, value, _ = told
-    plan, process = load_plan(PLAN), sandbox(told[0].parent, "federation")
-    try:
-        assert process.stdout is not None
-        uri = process.stdout.readline().partition("MLFLOW_TRACKING_URI=")[2].split()[0]
-        assert uri == yaml.safe_load((folder / "federation" / "aggregator.yaml").read_text())["mlflow"]
-        client = MlflowClient(uri)
-        experiment = client.get_experiment_by_name(f"{FEDERATION}/{plan.name}")
-        assert experiment is not None
-        run = next(run for run in client.search_runs([experiment.experiment_id]) if "mlflow.parentRunId" not in run.data.tags)
-        curve = client.get_metric_history(run.info.run_id, "validation/dice")
-        assert [point.step for point in curve] == sorted({*range(0, plan.rounds, plan.validate_every), plan.rounds})
-        assert "simulated" in run.data.tags["mlflow.note.content"]
-        assert run.data.params["training.mu"] == str(plan.training.mu)
-        rejected, trouble = sandbox(folder.parent, "demo").communicate()
-        assert not rejected and "demo/ is in use: end the `make demo`" in trouble and "Traceback" not in trouble
-        own = submit_a_shorter_run(folder)
-        assert own == "shorter-1" and value["run"] != own
-    finally:
-        process.terminate()
+    plan = load_plan(PLAN)
+    with sandbox(folder.parent, "federation") as process:
+        try:
+            assert process.stdout is not None
+            uri = process.stdout.readline().partition("MLFLOW_TRACKING_URI=")[2].split()[0]
+            assert uri == yaml.safe_load((folder / "federation" / "aggregator.yaml").read_text())["mlflow"]
+            check_mlflow(MlflowClient(uri), plan)
+            with sandbox(folder.parent, "demo") as second:
+                rejected, trouble = second.communicate()
+            assert not rejected and "demo/ is in use: end the `make demo`" in trouble and "Traceback" not in trouble
+            own = submit_a_shorter_run(folder)
+            assert own == "shorter-1" and value["run"] != own
+        finally:
+            process.terminate()
         assert process.wait(60) == 128 + signal.SIGTERM
     assert not [one for one in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(one.info["cmdline"] or ())]
+
+
+def check_mlflow(client: MlflowClient, plan: Plan) -> None:
+    """The curve, the plan's parameters, and what the patients are."""
+    experiment = client.get_experiment_by_name(f"{FEDERATION}/{plan.name}")
+    assert experiment is not None
+    run = next(run for run in client.search_runs([experiment.experiment_id]) if "mlflow.parentRunId" not in run.data.tags)
+    curve = client.get_metric_history(run.info.run_id, "validation/dice")
+    assert [point.step for point in curve] == sorted({*range(0, plan.rounds, plan.validate_every), plan.rounds})
+    assert "simulated" in run.data.tags["mlflow.note.content"]
+    assert run.data.params["training.mu"] == str(plan.training.mu)
 
 
 def submit_a_shorter_run(folder: Path) -> str:
