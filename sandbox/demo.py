@@ -60,11 +60,14 @@ def demo(root: Path, seed: int) -> dict[str, Any]:
     root.mkdir(parents=True)
     plan = load_plan(PLAN)
     folders = _data(console, seed)
+
+    def judged(name: str) -> None:
+        console.print(f"  {name}: judged on test patients")
+
     started = time.monotonic()
     with PeakMemory() as memory:
         learned = _federate(console, root, plan, folders, seed)
         console.print("baselines, all without privacy: this federation, all data in one place, each hospital alone; same steps")
-        judged = lambda name: console.print(f"  {name}: judged on test patients")  # noqa: E731
         with console.status("training and judging"):
             found = compare(plan, learned.parameters, learned.snapshots, DECLARED_PATIENTS, seed, judged)
     seconds = time.monotonic() - started
