@@ -15,9 +15,8 @@ import pytest
 from mlflow import MlflowClient
 
 from aggregator.lineage import connect
-from sandbox.federation import free_port
-from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
 from tests.federation.harness import Haunted, haunted
+from tests.support.mlflow_served import mlflow_served
 from tests.support.plans import tiny
 from wardround.plan import Plan, UNet
 
@@ -64,11 +63,8 @@ class Released:
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Released]:
     """A run of three hospitals, ended and in MLflow."""
-    folder, port = tmp_path_factory.mktemp("release"), free_port()
-    before = dict(os.environ)
-    mlflow = start_mlflow(folder / "mlflow", port)
-    try:
-        uri = wait_for_mlflow(mlflow, port)
+    folder = tmp_path_factory.mktemp("release")
+    with mlflow_served(folder / "mlflow") as uri:
         model = UNet(network="UNet", channels=(8, 16), strides=(2,), norm_groups=4)
         training = tiny().training.model_copy(update={"steps": 40, "batch_size": 4})
         plan = tiny({"min_silos": 3}, name="released", model=model, training=training, rounds=3, release="registry")
@@ -78,10 +74,6 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Released]:
             federation.ended(run)
             federation.until(lambda: run not in federation.opened.store.unprojected(), "the run in MLflow")
             yield Released(federation, run, plan, connect(uri), uri, folder)
-    finally:
-        stop_mlflow(mlflow)
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def own_dice(released: Released, silo: str) -> float:

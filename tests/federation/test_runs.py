@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from mlflow import MlflowClient
 
 from aggregator.lineage import connect
 from sandbox.dicom import write_hospitals
-from sandbox.federation import Federation, Site, free_port
-from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
+from sandbox.federation import Federation, Site
 from sandbox.processes import Programs, tool, wait_until
 from sandbox.scanner import HOSPITALS
 from silo_agent.imaging.deidentify import split_of
 from tests.federation.harness import rows
+from tests.support.mlflow_served import mlflow_served
 from tests.support.plans import tiny
 from wardround.plan import Plan, UNet, WarmStart
 from wardround.stop import Stop
@@ -85,11 +84,8 @@ class Done:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     """Three runs, one after another: trained, continued until its rule ended it, measured."""
-    folder, port = tmp_path_factory.mktemp("runs"), free_port()
-    before = dict(os.environ)
-    mlflow = start_mlflow(folder / "mlflow", port)
-    try:
-        uri = wait_for_mlflow(mlflow, port)
+    folder = tmp_path_factory.mktemp("runs")
+    with mlflow_served(folder / "mlflow") as uri:
         images = write_hospitals(folder / "dicom", HOSPITALS, NUM_PATIENTS, seed=1)
         with Programs() as programs:
             sites = [Site(h.name, images[h.name], dict(h.binding), NUM_PATIENTS) for h in HOSPITALS]
@@ -100,10 +96,6 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
             second = federation.finished(onward, "--continue", first["run"])
             given = tiny({"min_silos": 3}, name="runs", rounds=0, initial=WarmStart(bundle=federation.digest(second)))
             yield Done(federation, connect(uri), first, second, federation.finished(given))
-    finally:
-        stop_mlflow(mlflow)
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def model(done: Done, silo: str, run: str, round_: int) -> str:
