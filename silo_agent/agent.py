@@ -148,7 +148,7 @@ class Agent:
         elif trouble is None and row.name == "hours" and (opens := self.policy.opens(wall_clock())) is not None:
             self._be("hours", f"begin {in_words(opens)}: then the round trains here")
         elif trouble is None:
-            self._be("waiting", offer.message or row.name)
+            self._be("waiting", _one_line(offer.message) or row.name)
         else:
             self._be("disconnected" if isinstance(trouble, Disconnected) else "refused", str(trouble))
         self.inbox.changed.wait()
@@ -557,7 +557,8 @@ class Agent:
     def _close(self, offer: pb.Offer) -> None:
         row = self.state.run(offer.run)
         self.budget.release(offer.run)
-        self.state.set_stance(offer.run, Stance.CLOSED)
+        failed = offer.phase in (pb.FAILED, pb.ABORTED)
+        self.state.set_stance(offer.run, Stance.CLOSED, _one_line(offer.message) if failed else "")
         self.spool.keep_only(self.state.needed(offer.run))
         self.helpers["trainer"].stop()  # frees the GPU for whoever is next
         log.info("run over", run=offer.run, how=pb.Phase.Name(offer.phase), model_round=None if row is None else row["model_round"])
@@ -694,9 +695,9 @@ class Agent:
                 raise Superseded
 
 
-def _one_line(error: WardroundError) -> str:
-    """A reason as a Refusal carries it."""
-    text = "; ".join(str(error).splitlines())
+def _one_line(told: WardroundError | str) -> str:
+    """A reason as a Refusal carries it and a terminal bears it, whoever worded it."""
+    text = "".join(c if c.isprintable() else " " for c in "; ".join(str(told).splitlines()))
     return text if len(text) <= MAX_REASON_CHARS else text[: MAX_REASON_CHARS - 3] + "..."
 
 

@@ -408,12 +408,13 @@ class State:
             db.execute("UPDATE runs SET snapshot = ? WHERE run = ?", (snapshot, run))
             self._record(db, "snapshot", {"run": run, "snapshot": snapshot, "patients": counts})
 
-    def set_stance(self, run: str, stance: Stance, statement: bytes | None = None) -> None:
+    def set_stance(self, run: str, stance: Stance, reason: str = "") -> None:
+        """`reason`: why it is over, where this silo has not said so itself."""
         with self._transaction() as db:
             db.execute(
-                "UPDATE runs SET stance = ?, statement = coalesce(?, statement), code = CASE WHEN ? = 'refused' THEN code END "
-                "WHERE run = ?",
-                (stance.value, statement, stance.value, run),
+                "UPDATE runs SET stance = ?, reason = CASE reason WHEN '' THEN ? ELSE reason END, "
+                "code = CASE WHEN ? = 'refused' THEN code END WHERE run = ?",
+                (stance.value, reason, stance.value, run),
             )
             if stance is Stance.CLOSED:
                 db.execute("UPDATE events SET random_key = NULL WHERE run = ?", (run,))

@@ -376,6 +376,14 @@ def test_a_run_that_failed_meanwhile_closes_without_a_halt(world: World) -> None
     assert "halt" not in world.posted and world.due(lie) == "settled"
 
 
+def test_its_it_reads_why_a_run_ended_elsewhere(world: World) -> None:
+    """In the aggregator's words, which do nothing to a terminal."""
+    world.joined()
+    world.steps(pb.Offer(phase=pb.FAILED, run=RUN, message="tiny-1 has failed: leuven halted\n\x1b[31mthe run"), "halted")
+    (row,) = world.state.runs()
+    assert row["reason"] == "tiny-1 has failed: leuven halted;  [31mthe run"
+
+
 def test_a_silo_that_reports_another_model_halts_this_one(world: World) -> None:
     world.joined()
     world.upload()
