@@ -21,7 +21,7 @@ from silo_agent.secure_sum.packing import derive, encode, next_bounds
 from silo_agent.statements import join, one_line, report
 from silo_agent.stopwatch import Stopwatch
 from silo_agent.telemetry import log
-from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork
+from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork, ingest_work
 from wardround import accounting
 from wardround.canonical import frame
 from wardround.chunks import num_chunks
@@ -65,7 +65,7 @@ class Actions:
                 raise MessageError("the plan on offer is not the one its digest names")
             binding = self.held.settings.dataset(parsed.dataset)
             judge(self.held.policy, parsed)
-            binding.check_classes(parsed.dataset, parsed.classes)
+            binding.check_labels(parsed)
             warm_start.check_offered(parsed, offer.parent)
             self.held.budget.reserve(offer.run, parsed, binding.declared_patients)
         except WardroundError as error:
@@ -84,8 +84,7 @@ class Actions:
         run = self.held.run(offer.run)
         try:
             binding = self.held.settings.dataset(run.plan.dataset)
-            segments = {name: binding.labels.segments[name] for name in run.plan.classes[1:]}
-            work = IngestWork(run.plan, binding.source, segments, self.held.keys.split_key, self.held.settings.snapshots)
+            work = ingest_work(binding, run.plan, self.held.keys.split_key, self.held.settings.snapshots)
             result = self.do(offer, work)
         except WardroundError as error:
             if error.retryable or type(error) is WardroundError:
@@ -234,10 +233,11 @@ class Actions:
             weight = declared[self.held.silo] / facts.cap
             encoded = encode(share.values, layout, exponents_of(model), weight, rounding, run.he)
             scalars = [weight * scalar for scalar in share.scalars]
-        metrics = json.loads(model["metrics"]) if (model["num_validation"] or 0) >= MIN_VALIDATION_PATIENTS else None
+        metrics = json.loads(model["metrics"]) if (model["num_validation"] or 0) >= MIN_VALIDATION_PATIENTS else {}
+        whole = metrics if metrics.keys() >= set(run.metrics) else None  # a class that no patient here has: no mean of it
         keys = self.held.keyring.keys(run, facts.key_epoch)
         control = control_chunk(
-            run.control(facts.round), self.held.silo, declared[self.held.silo], encoded, metrics, ctx, keys.secret, run.he, scalars
+            run.control(facts.round), self.held.silo, declared[self.held.silo], encoded, whole, ctx, keys.secret, run.he, scalars
         )
         coefficients = upload_coefficients(control, encoded, run.he)
         with self.watch.timed("encrypt"):
