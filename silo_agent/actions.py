@@ -11,6 +11,7 @@ from silo_agent.algorithms.fedavg import Round
 from silo_agent.custody.policy import judge
 from silo_agent.holdings import Holdings, attempt_of
 from silo_agent.launch import Helper
+from silo_agent.outgoing import ALONE, ASK_IT, UNUSABLE, one_line, shown
 from silo_agent.round import Stance
 from silo_agent.run import Run, exponents_of
 from silo_agent.secure_sum.check import checked_sum, control_chunk, upload_coefficients
@@ -18,7 +19,7 @@ from silo_agent.secure_sum.checkpoint import Reported, read_checkpoint
 from silo_agent.secure_sum.encryption import decrypt, encrypt
 from silo_agent.secure_sum.global_model import initial_digest_key, model_mac
 from silo_agent.secure_sum.packing import derive, encode, next_bounds
-from silo_agent.statements import join, one_line, report
+from silo_agent.statements import join, report
 from silo_agent.stopwatch import Stopwatch
 from silo_agent.telemetry import log
 from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork, ingest_work
@@ -76,7 +77,8 @@ class Actions:
     def refuse(self, offer: pb.Offer) -> None:
         row = self.held.state.run(offer.run)
         assert row is not None  # noqa: S101 - the table: a stance is known
-        body = pb.Refusal(run=offer.run, plan_digest=offer.facts.plan_digest, code=row["code"], reason=row["reason"])
+        reason = ASK_IT if row["code"] == UNUSABLE else row["reason"]
+        body = pb.Refusal(run=offer.run, plan_digest=offer.facts.plan_digest, code=row["code"], reason=reason)
         self.held.post("refusal", run_ctx(self.held.federation, offer.run, offer.facts.plan_digest), body)
         self.held.state.set_stance(offer.run, Stance.REFUSED)
 
@@ -114,8 +116,9 @@ class Actions:
 
     def _decline(self, run: Run, error: WardroundError) -> None:
         """A run that was accepted cannot be joined after all."""
-        self.held.state.refuse(run.id, error.code, one_line(error))
-        log.warning("run declined", run=run.id, code=error.code, reason=one_line(error))
+        code = UNUSABLE if error.stays else error.code
+        self.held.state.refuse(run.id, code, shown(str(error)))
+        log.warning("run declined", run=run.id, code=code, reason=shown(str(error)))
 
     def join(self, offer: pb.Offer) -> None:
         run = self.held.run(offer.run)
@@ -364,7 +367,7 @@ class Actions:
         measured = self.held.state.model(run.id, run.model_round if run.plan.rounds else 0)["metrics"]  # without rounds: the start
         own: dict[str, float] = json.loads(measured or "{}")
         if own and run.model_round == run.last_round and (beside := self.held.state.alone(run.id)) is not None:
-            own |= {f"alone/{name}": value for name, value in json.loads(beside["metrics"] or "{}").items()}
+            own |= {f"{ALONE}{name}": value for name, value in json.loads(beside["metrics"] or "{}").items()}
         return own
 
     def release(self, offer: pb.Offer) -> None:

@@ -16,13 +16,13 @@ from silo_agent.desk import Desk
 from silo_agent.holdings import Holdings
 from silo_agent.inbox import Inbox
 from silo_agent.launch import Helper
+from silo_agent.outgoing import one_line
 from silo_agent.round import Action, Facts, Offered, Row, next_row
 from silo_agent.run import Run
-from silo_agent.statements import one_line
 from silo_agent.stopwatch import Stopwatch
 from silo_agent.telemetry import log
 from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork
-from wardround.errors import Disconnected, IntegrityError, StorageError, WardroundError
+from wardround.errors import Disconnected, IntegrityError, PlanError, StorageError, WardroundError
 from wardround.messages import claimed
 from wardround.pb import federation_pb2 as pb
 
@@ -82,7 +82,7 @@ class Agent:
             except WardroundError as error:
                 failures += 1
                 log.warning("action failed", action=doing, code=error.code, reason=str(error))
-                self._be("troubled", f"{doing}: {error}")
+                self._be("troubled", f"{doing}: {error}", f"{doing}: {one_line(error)}")
                 self.inbox.pause(failures if error.retryable else max(failures, 6))
         self._be("stopped", "")
         self.held.membership.hang_up()  # ends the long poll at hand
@@ -129,9 +129,10 @@ class Agent:
             model_round=0 if run is None else max(run["model_round"], 0),
         )
 
-    def _be(self, word: str, detail: str) -> None:
-        """For `silo-agent status`; a disk that cannot keep it stops nothing."""
-        told = f"{word}{': ' if word in QUOTING else ' '}{detail}".rstrip()
+    def _be(self, word: str, detail: str, told: str = "") -> None:
+        """For `silo-agent status`, and as `told`, where that differs, for the coordinator. A disk that cannot keep it stops
+        nothing."""
+        told = one_line(f"{word}{': ' if word in QUOTING else ' '}{told or detail}".rstrip())
         if told != self._activity:
             self._activity = told
             with suppress(StorageError):
@@ -175,7 +176,11 @@ class Agent:
             if helper.ensure():
                 log.info("helper started", program=helper.program)
             self._be(*(("queued", helper.situation) if helper.situation else self._doing))
-            result = self.desk.wait(work_id, HELPER_CHECK_S)
+            try:
+                result = self.desk.wait(work_id, HELPER_CHECK_S)
+            except WardroundError as error:
+                error.stays = not isinstance(error, PlanError | StorageError)  # these two speak of the plan and the disk
+                raise
             if result is not None:
                 if isinstance(work, TrainerWork):
                     self.watch.took("wait_gpu", self.desk.waited_s(work_id))

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import grpc
+from google.protobuf.message import Message
 
 from silo_agent.custody.spool import Spool, storage_error
+from silo_agent.outgoing import check_outgoing
 from wardround import PROTOCOL, PROTOCOL_OLDEST, VERSION
 from wardround.chunks import MAX_PIECE_BYTES
 from wardround.errors import BY_CODE, Disconnected, IdentityError, IntegrityError, SettingsError, WardroundError
@@ -71,7 +73,8 @@ class Client:
     def close(self) -> None:
         self._channel.close()
 
-    def _call(self, kind: type[Reply], method: Callable[..., Any], request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Reply:
+    def _call(self, kind: type[Reply], method: Callable[..., Any], request: Message, timeout_s: float = CALL_TIMEOUT_S) -> Reply:
+        check_outgoing(request)
         try:
             reply: Reply = method(request, timeout=timeout_s)
             return reply

@@ -9,10 +9,7 @@ from silo_agent.run import Run, exponents_of
 from silo_agent.secure_sum.packing import bounds_digest
 from wardround import PROTOCOL, PROTOCOL_OLDEST, VERSION
 from wardround.canonical import canonical_json, sha256
-from wardround.errors import WardroundError
 from wardround.pb import federation_pb2 as pb
-
-MAX_REASON_CHARS = 500  # of a Refusal; the aggregator takes one line of at most that
 
 
 def join(run: Run, held: Holdings, notes: Sequence[str], per_silo_metrics: bool) -> pb.Join:
@@ -53,9 +50,3 @@ def report(run: Run, held: Holdings, own: dict[str, float], parameters_digest: b
         parameters_digest=parameters_digest,
         progress=pb.Progress(**asdict(held.state.progress(run.id))) if run.plan.stop else None,
     )
-
-
-def one_line(told: WardroundError | str) -> str:
-    """A reason as a Refusal carries it and a terminal bears it, whoever worded it."""
-    text = "".join(c if c.isprintable() else " " for c in "; ".join(str(told).splitlines()))
-    return text if len(text) <= MAX_REASON_CHARS else text[: MAX_REASON_CHARS - 3] + "..."

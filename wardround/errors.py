@@ -28,6 +28,8 @@ class WardroundError(Exception):
     code: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
     exit_code: ClassVar[int] = 1
+    stays: bool = False
+    """Set on what a program that saw the hospital's data said: its words do not leave (silo_agent/outgoing.py)."""
 
 
 class PlanError(WardroundError):

@@ -25,3 +25,8 @@ def headline(task: str) -> str:
 def title(headline: str) -> str:
     """How people write it."""
     return TITLES[headline]
+
+
+def is_measure(name: str) -> bool:
+    """Whether some plan measures by this name."""
+    return name in ("dice", "hd95_mm", *CLASSIFICATION) or name.startswith("dice/")

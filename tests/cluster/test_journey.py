@@ -1,5 +1,6 @@
 """Three hospitals on a real Kubernetes: installed, run, killed, upgraded and probed. One federation, in the order of the file."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import yaml
 
 from tests.cluster.federation import JOBS, NAMES, NS, PROXIED, Federation, at, trainers_of
 from tests.cluster.kube import CHARTS, RESTRICTED, Failed, Kube
-from tests.support.plans import TINY
+from tests.support.plans import TINY, private
 
 pytestmark = pytest.mark.timeout(1500)
 PLAN: dict[str, Any] = yaml.safe_load(TINY) | {"rounds": 4}
@@ -301,6 +302,34 @@ def running(kube: Kube, namespace: str, app: str) -> str:
 
 def evicted(kube: Kube, namespace: str, pod: str) -> bool:
     return bool(kube.get("pod", pod, namespace).get("status", {}).get("reason") == "Evicted")
+
+
+def test_a_rehearsal_and_then_the_run_it_rehearsed_waits_for_it_and_spends(federation: Federation, kube: Kube) -> None:
+    """Under privacy, at a hospital whose IT reads every plan first; the rehearsal asks nobody and spends nothing."""
+    silo, name = JOBS[0], "guarded"
+    plan = private(rounds=2, epsilon=2.0).model_dump(mode="json", exclude_none=True) | {"name": name}
+    plan.pop("rehearse")  # not of a plan that is to become a run
+    values = federation.silo_values(silo)
+    values["policy"]["rules"] |= {"approval": "manual"}
+    kube.helm("upgrade", "silo", str(CHARTS / "silo-agent"), "-n", at(silo), "--wait", values=values)
+
+    federation.run("practice", plan, rehearse=True)
+    status = federation.until_completed("practice")
+    assert (status["rehearsal"], status["progress"], status["epsilon"]) == (True, "1/1", "nothing"), status
+    assert "deadline_s" in status["message"]
+    with pytest.raises(Failed, match="a rehearsal does not become a run"):
+        kube.kubectl("patch", "federationrun", "practice", "-n", NS, "--type=merge", "-p", '{"spec":{"rehearse":false}}')
+
+    federation.run(name, plan)
+    kube.until("the wait for IT", lambda: f"{silo}: approval waits for IT" in federation.status(name).get("message", ""), 180)
+    kube.kubectl("get", "federationruns,silos", "-n", NS)
+    assert json.loads(federation.silo(silo, "ledger", "show", "--json"))["events"] == 0
+    federation.silo(silo, "plan", "approve", federation.status(name)["run"])
+    status = federation.until_completed(name)
+    spent = json.loads(federation.silo(silo, "ledger", "show", "--json"))
+    assert spent["events"] == 2 and 0 < spent["epsilon"] <= 2.0
+    assert status["epsilon"] == f"{spent['epsilon']:.2f} of 2", status
+    kube.kubectl("get", "federationruns,silos", "-n", NS)
 
 
 def test_a_bad_plan_makes_nothing(federation: Federation, kube: Kube) -> None:

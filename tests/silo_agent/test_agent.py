@@ -13,6 +13,7 @@ import pytest
 from tenseal import sealapi
 
 from aggregator.services.statements import MAX_TEXT_CHARS
+from silo_agent.outgoing import ASK_IT, UNUSABLE
 from silo_agent.round import Stance, next_row
 from silo_agent.secure_sum.encryption import decrypt, encrypt, new_secret_key
 from silo_agent.work import IngestResult
@@ -23,7 +24,7 @@ from tests.support.plans import tiny
 from wardround import audit
 from wardround.chunks import COEFFICIENTS, num_chunks
 from wardround.ciphertexts import numbers, scratch, wire
-from wardround.errors import ConflictError, DataError, IntegrityError, MessageError, StorageError, WardroundError
+from wardround.errors import ConflictError, DataError, IntegrityError, MessageError, PlanError, StorageError, WardroundError
 from wardround.messages import cohort_digest, run_ctx, sign
 from wardround.pb import federation_pb2 as pb
 
@@ -103,17 +104,32 @@ def test_a_plan_that_is_no_plan_is_refused(world: World) -> None:
 
 
 def test_a_long_reason_is_cut_to_what_the_aggregator_takes(world: World) -> None:
-    world.helpers.snapshot = DataError("line\n" * 500)
+    world.helpers.snapshot = PlanError("line\n" * 500)
     world.steps(world.invited(), "judge", "snapshot", "refuse")
     told = world.last(pb.Refusal, run_ctx("neuro", RUN, world.plan.digest))
     assert told.reason.isprintable() and len(told.reason) == MAX_TEXT_CHARS and told.reason.endswith("...")
 
 
-def test_data_that_cannot_be_used_is_a_refusal_with_its_reason(world: World) -> None:
-    world.helpers.snapshot = DataError("no patient is usable")
+def test_data_that_cannot_be_used_is_a_refusal_whose_reason_stays_here(world: World) -> None:
+    """What ingest found in the data is for the hospital's IT (secure-sum.md section 4); the coordinator hears whom to ask."""
+    world.helpers.snapshot = DataError("no patient is usable (left out: series-without-label 3)")
     world.steps(world.invited(), "judge", "snapshot", "refuse")
     told = world.last(pb.Refusal, run_ctx("neuro", RUN, world.plan.digest))
-    assert (told.code, told.reason) == ("data", "no patient is usable")
+    assert (told.code, told.reason) == (UNUSABLE, ASK_IT)
+    assert [row["reason"] for row in world.state.runs()] == ["no patient is usable (left out: series-without-label 3)"]
+
+
+def test_what_a_helper_failed_with_stays_here(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the activity that every poll carries too; IT reads it in `silo-agent status`."""
+    world.steps(world.invited(), "judge")
+    world.helpers.snapshot = WardroundError("ingest stopped at patient 3")
+    world.agent.inbox.offer = world.invited()
+    monkeypatch.setattr(world.agent.inbox, "start", lambda: None)
+    monkeypatch.setattr(world.agent.inbox, "pause", lambda failures: world.agent.inbox.stop())
+    said: list[str] = []
+    monkeypatch.setattr(world.agent, "_be", lambda *words: said.append(" | ".join(words)))
+    world.agent.run()
+    assert said[-2] == f"troubled | snapshot: ingest stopped at patient 3 | snapshot: {ASK_IT}"
 
 
 def test_a_broken_helper_is_no_refusal(world: World) -> None:

@@ -17,7 +17,7 @@ from wardround.pb import federation_pb2 as pb
 CONTENT = bytes(range(256)) * 100  # 25,600 bytes
 DIGEST = hashlib.sha256(CONTENT).digest()
 PIECE = 10_000
-HEADER = pb.Signed(ctx=b"c" * 32)
+HEADER = pb.Signed(message="upload", ctx=b"c" * 32)
 
 
 class Failure(grpc.RpcError):

@@ -139,3 +139,14 @@ def test_refuses_a_hospital_too_small_for_the_rate(work: TrainerWork) -> None:
 def test_refuses_a_malformed_item(work: TrainerWork, change: dict[str, object], told: str) -> None:
     with pytest.raises(MessageError, match=told):
         handle(replace(work, **change))
+
+
+def test_training_and_measuring_log_nothing(
+    work: TrainerWork, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loss or a norm in a trainer's log would be a way round everything that is paid for."""
+    caplog.set_level(0)
+    handle(work)
+    handle(replace(work, kind="evaluate"))
+    out, err = capfd.readouterr()
+    assert (out, err, [record.getMessage() for record in caplog.records]) == ("", "", [])
