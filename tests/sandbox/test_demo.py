@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from sandbox.demo import NUM_PATIENTS, PLAN
 from sandbox.federation import FEDERATION, SIMULATED
 from sandbox.processes import call, tool
-from silo_agent.agent import SEEDED_NOTE
+from silo_agent.actions import SEEDED_NOTE
 from wardround.plan import UNMASKED, Plan, load_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
