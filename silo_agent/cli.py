@@ -1,12 +1,9 @@
 """`silo-agent`: what hospital IT types. Every command works beside the running agent; none needs an inbound port."""
 
 import base64
-import json
 import signal
-import sqlite3
 import tempfile
 import threading
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,27 +13,23 @@ from silo_agent.client import Credentials
 from silo_agent.config import Settings, load_settings
 from silo_agent.custody.door import Door, new_secret
 from silo_agent.custody.enrollment import enroll_request, read_enrollment
-from silo_agent.custody.hours import in_words
 from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.policy import judge, load_policy
 from silo_agent.custody.roster import approve
 from silo_agent.custody.state import State
 from silo_agent.ledger_cli import ledger_app
-from silo_agent.membership import connect, stand_by
+from silo_agent.membership import connect, received, stand_by
 from silo_agent.model_cli import model_app
 from silo_agent.plan_cli import plan_app
 from silo_agent.preflight import Finding, look_home, look_out
-from silo_agent.run import Run
-from wardround import tls
+from silo_agent.status_cli import status
 from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, print_facts
 from wardround.cli import run as run_command_line
 from wardround.errors import PolicyRefusal, SettingsError, UsageError, WardroundError
 from wardround.kube import ClusterApi
-from wardround.measures import headline, title
-from wardround.pb import federation_pb2 as pb
-from wardround.plan import load_plan, parse_plan
-from wardround.roster import Member, Roster, changes, parse_roster
+from wardround.plan import load_plan
+from wardround.roster import Member, changes
 
 if TYPE_CHECKING:
     from silo_agent.desk import Desk
@@ -55,6 +48,7 @@ for name, group in (
     ("plan", plan_app),
 ):
     app.add_typer(group, name=name)
+app.command()(status)
 
 MAX_REASON_CHARS = 200
 
@@ -237,80 +231,6 @@ def _staff(settings: Settings, folder: Path, silo: str) -> "tuple[Desk, dict[str
 
 
 @app.command()
-def status(context: typer.Context, json_: Json = False) -> None:
-    """What the agent is doing, which runs it knows, which roster it approved, when its certificate ends.
-
-    \b
-    Example:
-      silo-agent status
-    """
-    settings = _settings(context)
-    keys, state = SiloKeys.open(settings.data / "keys"), State(settings.data / "state.sqlite")
-    received = _received(state)
-    approved = stand_by(state, received, settings.roster_approval).approved
-    activity, head, paused = state.activity(), state.last_head(), state.paused()
-    facts: dict[str, Any] = {
-        "silo": (state.meta("silo") or b"").decode(),
-        "federation": (state.meta("federation") or b"").decode(),
-        "activity": "never started" if activity is None else f"{activity['word']}: {activity['detail']}".removesuffix(": "),
-        "roster_version": approved.version if approved else 0,
-        "certificate_ends": tls.load_certificate(keys.tls_material()[1]).not_valid_after_utc.isoformat(timespec="minutes"),
-        "aggregator_audit_head": head["seq"] if head else 0,
-    } | ({"paused": paused} if paused else {})
-    try:
-        if (opens := load_policy(settings.policy).opens(datetime.now(UTC))) is not None:
-            facts["hours"] = f"no training begins before {in_words(opens)}"
-    except SettingsError as error:
-        facts["policy"] = f"the agent will not start again: {error}"
-    rows = state.runs()
-    runs = [
-        {key: row[key] for key in ("run", "stance", "reason", "model_round")}
-        | {
-            "rehearsal": row["code"] is None and parse_plan(row["plan"]).rehearse,
-            "waits_for_approval": row["stance"] == "accepted" and state.approval_due(row["run"]),
-        }
-        | _key_epoch(state, row)
-        | _gain(state, row)
-        for row in rows
-    ]
-    if json_:
-        since = None if activity is None else activity["since_ms"]
-        print_facts(facts | {"activity_since_ms": since, "runs": runs}, True)
-        return
-    lines = [_run_line(told, row) for told, row in zip(runs, rows, strict=True)]
-    print_facts(facts | {"runs": lines or ["none"]}, False)
-
-
-def _run_line(told: dict[str, Any], row: sqlite3.Row) -> str:
-    waits = f"waits for approval: silo-agent plan show {told['run']}, then plan approve or reject"
-    parts = (
-        "rehearsal" * told["rehearsal"],
-        f"{told['stance']}, {_model(row)}, key epoch {told['key_epoch']}",
-        told["reason"],
-        waits * told["waits_for_approval"],
-        _gain_line(told, Run(row).plan.task) if "gain" in told else "",
-    )
-    return f"{told['run']}: " + "; ".join(part for part in parts if part)
-
-
-def _gain(state: State, row: sqlite3.Row) -> dict[str, float]:
-    """Of a run whose plan has local_gain, once measured: the final global model on this hospital's own validation patients, and by
-    how much it beats a model that trained here alone."""
-    beside = state.alone(row["run"])
-    if beside is None or beside["metrics"] is None:
-        return {}
-    run = Run(row)
-    name, both = run.metrics[0], (state.model(run.id, run.last_round)["metrics"], beside["metrics"])
-    here, alone = (json.loads(metrics).get(name) for metrics in both)
-    return {} if here is None or alone is None else {name: round(here, 3), "gain": round(here - alone, 3)}
-
-
-def _gain_line(told: dict[str, Any], task: str) -> str:
-    name = headline(task)
-    return f"{title(name)} here {told[name]:.3f}, {told['gain']:+.3f} against a model trained here alone"
-
-
-@app.command()
 def pause(
     context: typer.Context,
     reason: Annotated[str, typer.Argument(help="One sentence; the coordinator reads it too.")],
@@ -429,9 +349,9 @@ def roster_show(context: typer.Context, json_: Json = False) -> None:
     """
     settings = _settings(context)
     state = State(settings.data / "state.sqlite")
-    received = _received(state)
-    standing = stand_by(state, received, settings.roster_approval)
-    newest = received[-1] if received else None
+    known = received(state)
+    standing = stand_by(state, known, settings.roster_approval)
+    newest = known[-1] if known else None
     waiting = {member.name for member in standing.waiting}
     silos = newest.silos if newest else ()
     rows = [{"silo": m.name, "status": "waiting" if m.name in waiting else m.status, "words": m.words} for m in silos]
@@ -462,42 +382,19 @@ def roster_approve(
     """
     settings = _settings(context)
     state = State(settings.data / "state.sqlite", SiloKeys.open(settings.data / "keys").audit)
-    received = _received(state)
-    before = stand_by(state, received, settings.roster_approval).approved
+    known = received(state)
+    before = stand_by(state, known, settings.roster_approval).approved
     try:
         wanted = bytes.fromhex(digest.removeprefix("sha256:"))
     except ValueError:
         raise UsageError(
             "a roster is named by its digest, sha256: and 64 hexadecimal digits: see `silo-agent roster show`"
         ) from None
-    newer = [roster for roster in received if before is None or roster.version > before.version]
+    newer = [roster for roster in known if before is None or roster.version > before.version]
     chosen = approve(before, newer, wanted)
     state.approve_roster(chosen.version, digest_name(chosen.digest))
     changed = [f"{member.name}: {what}" for what, member in changes(chosen, before)]
     print_facts({"approved_version": chosen.version, "changes": changed or ["none"]}, json_)
-
-
-def _key_epoch(state: State, run: sqlite3.Row) -> dict[str, Any]:
-    """The newest key epoch of a run, and why this silo destroyed its keys before their time."""
-    epoch = state.epoch(run["run"])
-    halt = None if run["halt"] is None else pb.Halt.FromString(pb.Signed.FromString(run["halt"]).body)
-    facts = {"key_epoch": 0 if epoch is None else epoch["number"]}
-    return facts if halt is None else facts | {"reason": f"halted in round {halt.round}: {halt.reason}"}
-
-
-def _model(run: sqlite3.Row) -> str:
-    """Which model is held. The closing round trains nothing: it leaves the last model as it is."""
-    if run["model_round"] < 0:
-        return "no model yet"
-    known = Run(run)
-    return f"model of round {min(known.model_round, known.last_round)} of {known.plan.rounds}"
-
-
-def _received(state: State) -> list[Roster]:
-    operator = state.meta("operator_key")
-    if operator is None:
-        raise SettingsError("NOT ENROLLED: run `silo-agent enroll` with the file the coordinator sent")
-    return [parse_roster(row["data"], operator) for row in state.rosters()]
 
 
 def main() -> None:

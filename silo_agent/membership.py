@@ -73,8 +73,7 @@ class Membership:
     # --- rosters ---------------------------------------------------------------------------------------------------------------
 
     def _received(self) -> list[Roster]:
-        """Every roster this silo was sent, oldest first."""
-        return [parse_roster(row["data"], self._operator_key) for row in self._state.rosters()]
+        return received(self._state)
 
     def _fetch_rosters(self, client: Client) -> None:
         known = self._received()
@@ -115,6 +114,14 @@ def stand_by(state: State, received: list[Roster], mode: Mode) -> Standing:
     by_it = max((row["version"] for row in state.rosters() if row["approved_ms"] is not None), default=0)
     approved = next((roster for roster in received if roster.version == by_it), None)
     return stand(approved, [roster for roster in received if roster.version > by_it], mode)
+
+
+def received(state: State) -> list[Roster]:
+    """Every roster this silo was sent, oldest first. Raises SettingsError before enrolment."""
+    operator = state.meta("operator_key")
+    if operator is None:
+        raise SettingsError("NOT ENROLLED: run `silo-agent enroll` with the file the coordinator sent")
+    return [parse_roster(row["data"], operator) for row in state.rosters()]
 
 
 def connect(target: str, credentials: Credentials, settings: Settings) -> Client:
