@@ -305,20 +305,20 @@ def evicted(kube: Kube, namespace: str, pod: str) -> bool:
 
 
 def test_a_rehearsal_and_then_the_run_it_rehearsed_waits_for_it_and_spends(federation: Federation, kube: Kube) -> None:
-    """Under privacy, at a hospital whose IT reads every plan first; the rehearsal asks nobody and spends nothing."""
+    """Under privacy, and at a hospital whose IT reads every plan before it runs."""
     silo, name = JOBS[0], "guarded"
     plan = private(rounds=2, epsilon=2.0).model_dump(mode="json", exclude_none=True) | {"name": name}
     plan.pop("rehearse")  # not of a plan that is to become a run
-    values = federation.silo_values(silo)
-    values["policy"]["rules"] |= {"approval": "manual"}
-    kube.helm("upgrade", "silo", str(CHARTS / "silo-agent"), "-n", at(silo), "--wait", values=values)
-
     federation.run("practice", plan, rehearse=True)
     status = federation.until_completed("practice")
     assert (status["rehearsal"], status["progress"], status["epsilon"]) == (True, "1/1", "nothing"), status
     assert "deadline_s" in status["message"]
     with pytest.raises(Failed, match="a rehearsal does not become a run"):
         kube.kubectl("patch", "federationrun", "practice", "-n", NS, "--type=merge", "-p", '{"spec":{"rehearse":false}}')
+
+    values = federation.silo_values(silo)
+    values["policy"]["rules"] |= {"approval": "manual"}
+    kube.helm("upgrade", "silo", str(CHARTS / "silo-agent"), "-n", at(silo), "--wait", values=values)
 
     federation.run(name, plan)
     kube.until("the wait for IT", lambda: f"{silo}: approval waits for IT" in federation.status(name).get("message", ""), 180)
