@@ -12,7 +12,7 @@ help:
 	@echo "  make demo-result  result.json of the newest demo; with -s nothing else is printed, for programs"
 	@echo "  make demo-clean   remove the demo's folder: hospitals, keys, runs"
 	@echo "  make test         everything that must hold: lint, then every test, whole federations too"
-	@echo "  make test-cluster the charts on a real Kubernetes of this machine's own; as root, 8 to 16 minutes more the first time"
+	@echo "  make test-cluster the charts on a real Kubernetes of this machine's own; as root, with Go; installs Debian packages, and builds for 8 to 16 minutes the first time"
 	@echo "  make test-browser Debian's Chromium against a real MLflow; names the package if it is missing"
 	@echo "  make pictures     docs/pictures anew, from the newest demo"
 	@echo "  make check        before a commit: lint, then the quick tests"
@@ -44,6 +44,7 @@ test: setup
 	.venv/bin/python -m pytest
 
 test-cluster: setup
+	scripts/cluster packages
 	scripts/cluster test
 
 test-browser: setup
