@@ -1,6 +1,7 @@
 """The clinics of the sandbox as cameras: colour, light, noise, and how often each kind of pair is kept differ between them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from sandbox.headers import Equipment
 from sandbox.skin import Pair, Pixels
 
 RGB = tuple[float, float, float]
+LABELS = "labels.csv"
 WHITE_BALANCE = 0.05  # standard deviation of the logarithm of each channel's gain, once a pair
 
 
@@ -33,17 +35,24 @@ class Clinic:
     """`column` of its labels.csv holds its own `words` for the plan's classes. `kept`: at most so many of a lesion's pairs of
     different and of similar skin, which is its balance of the classes."""
 
-    name: str
     equipment: Equipment
     camera: Camera
     column: str
     words: tuple[tuple[str, str], ...]
     kept: tuple[int, int]
 
+    @property
+    def name(self) -> str:
+        return self.equipment.hospital
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """`labels` of a dataset in its settings."""
+        return {"csv": LABELS, "column": self.column, "values": dict(self.words)}
+
 
 CLINICS = (
     Clinic(
-        name="st-marys",
         equipment=Equipment("st-marys", "St Mary's Hospital (simulated)", "Canfield Scientific", "VEOS DS3"),
         camera=Camera(
             ExplicitVRLittleEndian, planar_configuration=0, zoom=1, gain=(1.0, 1.0, 1.0), gamma=1.0,
@@ -54,7 +63,6 @@ CLINICS = (
         kept=(5, 5),
     ),
     Clinic(
-        name="charite",
         equipment=Equipment("charite", "Charité (simulated)", "FotoFinder Systems", "medicam 1000"),
         camera=Camera(
             ImplicitVRLittleEndian, planar_configuration=1, zoom=1, gain=(0.95, 0.80, 0.62), gamma=1.3,
@@ -65,7 +73,6 @@ CLINICS = (
         kept=(2, 5),
     ),
     Clinic(
-        name="leuven",
         equipment=Equipment("leuven", "UZ Leuven (simulated)", "DermLite", "Foto X"),
         camera=Camera(
             JPEG2000Lossless, planar_configuration=0, zoom=2, gain=(0.62, 0.75, 0.95), gamma=0.8,

@@ -37,12 +37,15 @@ PROGRESS = """
 
 @dataclass(frozen=True)
 class Site:
-    """One hospital: where its DICOM lies, what its segments are called, what it declares."""
+    """One hospital: where its DICOM lies, what its labels are called, what it declares, which dataset of a plan that is, and what
+    every reader of a run on it is told."""
 
     name: str
     source: Path
-    segments: dict[str, str]
+    labels: dict[str, Any]
     declared_patients: int
+    dataset: str = "brain-t1"
+    note: str = SIMULATED
 
 
 class Federation:
@@ -115,14 +118,14 @@ class Federation:
             folder.mkdir(parents=True)
             binding = {
                 "source": str(site.source),
-                "labels": {"segments": site.segments},
+                "labels": site.labels,
                 "declared_patients": site.declared_patients,
-                "note": SIMULATED,
+                "note": site.note,
             }
             _write_yaml(folder / "policy.yaml", POLICY)
             _write_yaml(
                 folder / "silo-agent.yaml",
-                {"data": "data", "datasets": {"brain-t1": binding}, "policy": "policy.yaml", "roster_approval": "signed"},
+                {"data": "data", "datasets": {site.dataset: binding}, "policy": "policy.yaml", "roster_approval": "signed"},
             )
 
     def _enroll(self, site: Site) -> None:

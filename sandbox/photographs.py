@@ -17,7 +17,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import DermoscopicPhotographyImageStorage
 
 from sandbox.cache import Progress, digest_of, in_processes, silent, write_once
-from sandbox.camera import Clinic, photograph
+from sandbox.camera import LABELS, Clinic, photograph
 from sandbox.headers import Uids, add_series, invent_person, invent_visit, new_image, save_image
 from sandbox.skin import Pair, Pixels, load_pairs
 
@@ -25,7 +25,6 @@ STATEMENT = "real dermoscopy texture of an MIT-licensed set, repainted"  # a des
 COMMENT = (
     f"{STATEMENT} for each clinic of a simulation; the label says whether two patches show the same kind of skin, no diagnosis"
 )
-LABELS = "labels.csv"
 MODULES = ("skin.py", "camera.py", "photographs.py", "headers.py")
 
 

@@ -10,9 +10,9 @@ import pydicom
 import pytest
 from pydicom.uid import DermoscopicPhotographyImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless
 
-from sandbox.camera import CLINICS, Clinic, photograph
+from sandbox.camera import CLINICS, LABELS, Clinic, photograph
 from sandbox.headers import Uids, invent_person, invent_visit
-from sandbox.photographs import COMMENT, LABELS, STATEMENT, deal, write_clinic, write_clinics
+from sandbox.photographs import COMMENT, STATEMENT, deal, write_clinic, write_clinics
 from sandbox.skin import Pair, load_pairs
 
 
