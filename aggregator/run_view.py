@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from aggregator.round import RunPhase
 from wardround.bundle import Released
+from wardround.measures import headline
 from wardround.plan import Plan, WarmStart
 
 # The only names a silo's metrics may have in MLflow; dice/<class> besides, for the classes of the plan.
@@ -29,7 +30,7 @@ class RoundView:
     attempt: int
     committed_ms: int  # Unix time at which the store completed the round: the timestamp of all its metrics
     model_round_measured: int  # the model that `means` measure: one round earlier, 0 is the initial one
-    means: Mapping[str, float]  # cohort means that came with the sum: dice, dice/<class>, hd95_mm, ...
+    means: Mapping[str, float]  # cohort means that came with the sum: wardround/measures.py
     cohort_size: int  # silos whose upload is in the sum
     late: int  # silos of the cohort that had not uploaded when the round was sealed
     dropped: int  # silos whose upload is in the sum and whose report is missing
@@ -114,10 +115,11 @@ class RunView:
 
 def own_measures(plan: Plan, values: Mapping[str, float]) -> dict[str, float]:
     """Of a silo's own metrics those that are shown, and what the federation gained it over a model that trained there alone."""
+    first = headline(plan.task)
     names = (*MEASURES, *(f"dice/{name}" for name in plan.classes))
     shown = {name: values[name] for name in (*names, *(f"alone/{name}" for name in names)) if name in values}
-    if {"dice", "alone/dice"} <= shown.keys():
-        shown["gain/dice"] = round(shown["dice"] - shown["alone/dice"], 3)
+    if {first, f"alone/{first}"} <= shown.keys():
+        shown[f"gain/{first}"] = round(shown[first] - shown[f"alone/{first}"], 3)
     return shown
 
 

@@ -50,8 +50,9 @@ from wardround import tls
 from wardround.chunks import MAX_PIECE_BYTES
 from wardround.he import he_parameters
 from wardround.layout import layout_of
+from wardround.networks import UNet
 from wardround.pb import federation_pb2 as pb
-from wardround.plan import Plan, UNet
+from wardround.plan import Plan
 from wardround.roster import sign_roster, write_public_key
 
 ROW = he_parameters(32, 16)

@@ -41,7 +41,7 @@ from wardround.chunks import ControlMap
 from wardround.ciphertexts import sum_chunks
 from wardround.he import he_parameters
 from wardround.layout import Array, Layout, network_layout
-from wardround.plan import ResNet18
+from wardround.networks import ResNet18
 
 SILOS = 8
 PARAMETERS = he_parameters(32, 16)

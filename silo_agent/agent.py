@@ -34,7 +34,7 @@ from silo_agent.secure_sum.encryption import decrypt, encrypt
 from silo_agent.secure_sum.global_model import GlobalModel, initial_digest_key, model_mac
 from silo_agent.secure_sum.packing import Exponents, bounds_digest, derive, encode, next_bounds
 from silo_agent.telemetry import log
-from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork
+from silo_agent.work import IngestResult, IngestWork, TrainerResult, TrainerWork, ingest_work
 from wardround import PROTOCOL, PROTOCOL_OLDEST, VERSION, accounting
 from wardround.canonical import canonical_json, frame, sha256
 from wardround.chunks import num_chunks
@@ -214,7 +214,7 @@ class Agent:
                 raise MessageError("the plan on offer is not the one its digest names")
             binding = self.settings.dataset(parsed.dataset)
             judge(self.policy, parsed)
-            binding.check_classes(parsed.dataset, parsed.classes)
+            binding.check_labels(parsed)
             warm_start.check_offered(parsed, offer.parent)
             self.budget.reserve(offer.run, parsed, binding.declared_patients)
         except WardroundError as error:
@@ -233,8 +233,7 @@ class Agent:
         run = self._run(offer.run)
         try:
             binding = self.settings.dataset(run.plan.dataset)
-            segments = {name: binding.labels.segments[name] for name in run.plan.classes[1:]}
-            work = IngestWork(run.plan, binding.source, segments, self.keys.split_key, self.settings.snapshots)
+            work = ingest_work(binding, run.plan, self.keys.split_key, self.settings.snapshots)
             result = self._helped(offer, work)
         except WardroundError as error:
             if error.retryable or type(error) is WardroundError:
@@ -398,10 +397,11 @@ class Agent:
             weight = declared[self.silo] / facts.cap
             encoded = encode(share.values, layout, exponents_of(model), weight, rounding, run.he)
             scalars = [weight * scalar for scalar in share.scalars]
-        metrics = json.loads(model["metrics"]) if (model["num_validation"] or 0) >= MIN_VALIDATION_PATIENTS else None
+        metrics = json.loads(model["metrics"]) if (model["num_validation"] or 0) >= MIN_VALIDATION_PATIENTS else {}
+        whole = metrics if metrics.keys() >= set(run.metrics) else None  # a class that no patient here has: no mean of it
         keys = self.keyring.keys(run, facts.key_epoch)
         control = control_chunk(
-            run.control(facts.round), self.silo, declared[self.silo], encoded, metrics, ctx, keys.secret, run.he, scalars
+            run.control(facts.round), self.silo, declared[self.silo], encoded, whole, ctx, keys.secret, run.he, scalars
         )
         coefficients = upload_coefficients(control, encoded, run.he)
         with self._timed("encrypt"):

@@ -33,6 +33,7 @@ from wardround.cli import Json, command_line, print_facts
 from wardround.cli import run as run_command_line
 from wardround.errors import PolicyRefusal, SettingsError, UsageError, WardroundError
 from wardround.kube import ClusterApi
+from wardround.measures import headline, title
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import load_plan, parse_plan
 from wardround.roster import Member, Roster, changes, parse_roster
@@ -287,7 +288,7 @@ def _run_line(told: dict[str, Any], row: sqlite3.Row) -> str:
         f"{told['stance']}, {_model(row)}, key epoch {told['key_epoch']}",
         told["reason"],
         waits * told["waits_for_approval"],
-        f"Dice here {told['dice']:.3f}, {told['gain']:+.3f} against a model trained here alone" if "gain" in told else "",
+        _gain_line(told, Run(row).plan.task) if "gain" in told else "",
     )
     return f"{told['run']}: " + "; ".join(part for part in parts if part)
 
@@ -298,8 +299,15 @@ def _gain(state: State, row: sqlite3.Row) -> dict[str, float]:
     beside = state.alone(row["run"])
     if beside is None or beside["metrics"] is None:
         return {}
-    dice = json.loads(state.model(row["run"], Run(row).last_round)["metrics"])["dice"]
-    return {"dice": round(dice, 3), "gain": round(dice - json.loads(beside["metrics"])["dice"], 3)}
+    run = Run(row)
+    name, both = run.metrics[0], (state.model(run.id, run.last_round)["metrics"], beside["metrics"])
+    here, alone = (json.loads(metrics).get(name) for metrics in both)
+    return {} if here is None or alone is None else {name: round(here, 3), "gain": round(here - alone, 3)}
+
+
+def _gain_line(told: dict[str, Any], task: str) -> str:
+    name = headline(task)
+    return f"{title(name)} here {told[name]:.3f}, {told['gain']:+.3f} against a model trained here alone"
 
 
 @app.command()
@@ -357,7 +365,7 @@ def data_check(
     facts alone, so the two differ.
     """
     from silo_agent.errand import run_errand
-    from silo_agent.work import IngestWork
+    from silo_agent.work import ingest_work
 
     settings = _settings(context)
     binding = settings.dataset(name)
@@ -367,8 +375,9 @@ def data_check(
         )
     split_key = SiloKeys.open(settings.data / "keys").split_key
     parsed = load_plan(plan) if plan else None
-    work = IngestWork(parsed, binding.source, binding.labels.segments, split_key, settings.snapshots)
-    result = run_errand(work, "reading DICOM")
+    if parsed is not None:
+        binding.check_labels(parsed)
+    result = run_errand(ingest_work(binding, parsed, split_key, settings.snapshots), "reading DICOM")
     facts = vars(result)
     if not json_:
         facts = {k: [f"{n}: {m}" for n, m in v.items()] or ["none"] if isinstance(v, dict) else v for k, v in facts.items()}
@@ -388,7 +397,7 @@ def policy_check(
     Exit code 0 when it would, 3 when the policy refuses.
     """
     settings, parsed = _settings(context), load_plan(plan)
-    settings.dataset(parsed.dataset).check_classes(parsed.dataset, parsed.classes)
+    settings.dataset(parsed.dataset).check_labels(parsed)
     policy = load_policy(settings.policy)
     try:
         judge(policy, parsed)

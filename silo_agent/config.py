@@ -1,18 +1,19 @@
 """The hospital's settings: one YAML file, frozen, unknown keys refused. What enrolment learned (whose silo, where) is not here."""
 
 import re
-from pathlib import Path
-from typing import Annotated, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from wardround.errors import DataError, SettingsError
 from wardround.part import Name
-from wardround.plan import explain
+from wardround.plan import Plan, explain
 
 OF_AN_AGGREGATOR = {"federation", "operator_key", "host"}  # keys of aggregator.yaml alone
 MAX_NOTE_CHARS = 500  # of one note in a Join
+KEY_COLUMN = "StudyInstanceUID"  # of a CSV of labels
 
 
 class _Part(BaseModel):
@@ -20,9 +21,37 @@ class _Part(BaseModel):
 
 
 class Labels(_Part):
-    """Which segment of the hospital's DICOM SEG objects is which class of a plan: a SegmentLabel, or a code as SCHEME:VALUE."""
+    """What the hospital calls the classes of a plan, and where: in its DICOM SEG objects, or in a CSV with one row a study."""
 
-    segments: dict[Name, str]
+    segments: dict[Name, str] = {}
+    """Class of a segmentation -> SegmentLabel, or a code as SCHEME:VALUE."""
+
+    csv: str = ""
+    """A file inside the dataset's source: UTF-8, a header row, a column StudyInstanceUID."""
+    column: str = ""
+    """Of that file: it holds the hospital's own words."""
+    values: dict[Name, str] = {}
+    """Class of a classification -> the hospital's word in that column."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        table = {"csv": self.csv, "column": self.column, "values": self.values}
+        if missing := [key for key, value in table.items() if not value]:
+            if self.segments and len(missing) == len(table):
+                return self
+            raise ValueError(
+                f"labels are {{segments: ...}} or {{csv: ..., column: ..., values: ...}}: {', '.join(missing)} missing"
+            )
+        if self.segments:
+            raise ValueError("labels.segments and labels.csv exclude each other: a dataset's labels come from one place")
+        path = PurePosixPath(self.csv)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError("labels.csv is the name of a file inside the dataset's source: no / in front and no .. in it")
+        if self.column == KEY_COLUMN:
+            raise ValueError(f"labels.column is {KEY_COLUMN}, which names the study: name the column that holds the label")
+        if len({word.strip() for word in self.values.values()}) != len(self.values):
+            raise ValueError("labels.values gives two classes one word: no row could tell them apart")
+        return self
 
 
 class Dataset(_Part):
@@ -37,14 +66,16 @@ class Dataset(_Part):
     note: str = ""
     """One sentence that every reader of a run on this dataset is shown, e.g. that its patients are simulated."""
 
-    def check_classes(self, name: str, classes: tuple[str, ...]) -> None:
-        """Raises DataError unless every class of the plan but background has a segment here."""
-        unbound = [wanted for wanted in classes[1:] if wanted not in self.labels.segments]
-        if unbound:
-            bound = ", ".join(self.labels.segments)
+    def check_labels(self, plan: Plan) -> None:
+        """Raises DataError unless every class of the plan has a name here: a segment (but for background), or a word in a CSV."""
+        by_row = plan.task == "classification"
+        what, where = ("word", "values") if by_row else ("segment", "segments")
+        named = self.labels.values if by_row else self.labels.segments
+        if unbound := [wanted for wanted in plan.classes[0 if by_row else 1 :] if wanted not in named]:
+            bound = ", ".join(named) or "none"
             raise DataError(
-                f"dataset {name!r} of this hospital binds no segment for {', '.join(unbound)} (bound: {bound}): "
-                "add it under labels.segments"
+                f"dataset {plan.dataset!r} of this hospital binds no {what} for {', '.join(unbound)} (bound: {bound}): "
+                f"add it under labels.{where}"
             )
 
     @field_validator("note")

@@ -51,7 +51,7 @@ def look_home(settings: Settings) -> Iterator[Finding]:
         yield _finding("desk", lambda: _door(pods, settings.data))
         return  # the images are mounted by ingest alone
     for name, dataset in settings.datasets.items():
-        yield _finding(f"dataset {name}", lambda path=dataset.source: _source(path))  # type: ignore[misc]
+        yield _finding(f"dataset {name}", lambda path=dataset.source, csv=dataset.labels.csv: _source(path, csv))  # type: ignore[misc]
 
 
 def look_out(host: str, port: int, roots: bytes, proxy: Proxy | None) -> Iterator[Finding]:
@@ -131,14 +131,22 @@ def _file_system(path: Path) -> str:
     return kind
 
 
-def _source(path: Path) -> str:
+def _source(path: Path, csv: str) -> str:
     try:
         with os.scandir(path) as entries:
             if next(entries, None) is None:
                 raise WardroundError("its folder is empty: check the volume and its path")
     except OSError as error:
         raise WardroundError(f"its folder cannot be read: {error.strerror}") from None
-    return "its folder can be read"
+    if not csv:
+        return "its folder can be read"
+    try:
+        with (path / csv).open("rb"):
+            return "its folder and the CSV of its labels can be read"
+    except OSError as error:
+        raise WardroundError(
+            f"the CSV of its labels cannot be read: {error.strerror}; labels.csv is a file in the folder"
+        ) from None
 
 
 def _resolve(host: str, otherwise: str) -> str:

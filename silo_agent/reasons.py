@@ -1,7 +1,7 @@
 """Why ingest left something out: one stable code each, what it means, and what to do. Nothing here names a file or a person.
 
-Counts under these codes are all that leaves ingest about a file that could not be used. `(file)` codes count files, the others
-count series. Pure Python: the agent's command line explains them without pydicom.
+Counts under these codes are all that leaves ingest about a file that could not be used. `(file)` codes count files,
+row-without-study rows, the others series. Pure Python: the agent's command line explains them without pydicom.
 """
 
 from enum import Enum
@@ -115,6 +115,27 @@ class Reason(Enum):
         "A file changed while ingest was reading.",
         "Ingest again when the export is finished.",
     )
+    # photographs
+    UNSUPPORTED_PHOTOGRAPH = (
+        "unsupported-photograph",
+        "An image of a series of photographs is grey, multi-frame, or not of 8 bits in RGB or YBR_FULL.",
+        "Export the series as single-frame colour images.",
+    )
+    IMAGE_COUNT = (
+        "image-count",
+        "A series has more or fewer photographs than the plan's data.images.",
+        "Export the whole series, or change the plan.",
+    )
+    IMAGE_ORDER = (
+        "image-order",
+        "InstanceNumber is missing or the same in two photographs of a series: their order is not known.",
+        "Number them.",
+    )
+    SEVERAL_SERIES = (
+        "several-series",
+        "A study has several series of photographs, and a row of the CSV names a study.",
+        "Keep the one to learn from.",
+    )
     # its geometry
     GEOMETRY = (
         "geometry",
@@ -166,6 +187,27 @@ class Reason(Enum):
         "series-incomplete",
         "A DICOM SEG refers to images of its series that are not here.",
         "Export the series again.",
+    )
+    # its row in a CSV of labels
+    ROW_WITHOUT_STUDY = (
+        "row-without-study",
+        "A row of the CSV names a StudyInstanceUID that no series here has.",
+        "Add the study, or correct the row.",
+    )
+    STUDY_WITHOUT_ROW = (
+        "study-without-row",
+        "No row of the CSV names this series' StudyInstanceUID.",
+        "Nothing, or add its row.",
+    )
+    ROWS_DISAGREE = (
+        "rows-disagree",
+        "Rows of the CSV give one study different words.",
+        "Keep the true one.",
+    )
+    UNKNOWN_WORD = (
+        "unknown-word",
+        "The CSV's word for a study is bound to no class of the plan.",
+        "Correct the dataset's `values` in the settings, or the row.",
     )
     NOT_FINITE = (
         "not-finite",

@@ -6,9 +6,10 @@ from functools import lru_cache
 
 from silo_agent.learning import Learning
 from silo_agent.secure_sum.packing import Exponents
-from wardround.chunks import ControlMap, metric_names
+from wardround.chunks import ControlMap
 from wardround.he import HeParameters
 from wardround.layout import Layout
+from wardround.measures import metric_names
 from wardround.plan import Plan, parse_plan
 from wardround.training import learning_rate
 
@@ -25,7 +26,7 @@ class Run:
         self.model_round: int = row["model_round"]
         self.last_round: int = row["stopped_after"] or self.plan.rounds  # that trains; the closing one follows
         self.statement: bytes | None = row["statement"]
-        self.metrics = metric_names(self.plan.classes)
+        self.metrics = metric_names(self.plan)
 
     def layout_in(self, round_: int) -> Layout | None:
         """Of what is summed; None in the closing round, which sums metrics only."""

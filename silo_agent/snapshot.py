@@ -1,7 +1,8 @@
 """The snapshot: what ingest hands to the trainer. Arrays and pseudonyms, no header; immutable, named by its own digest.
 
     <snapshots>/<digest>/snapshot.json         canonical JSON; the digest is its SHA-256
-    <snapshots>/<digest>/volumes.safetensors   image/<key> float32, label/<key> uint8, both [slice, row, column]
+    <snapshots>/<digest>/volumes.safetensors   image/<key> float32 and label/<key> uint8, both [slice, row, column];
+                                               of task classification [channel, row, column] and [1]
 
 snapshot.json holds the SHA-256 of the volumes, so the digest covers every byte. Same DICOM and same work, same digest: records
 are ordered by key, and no clock is read. This module needs numpy only: the trainer's room imports it.
@@ -39,7 +40,7 @@ class Record:
     key: str
     patient: str
     split: Split
-    shape: tuple[int, int, int]  # slice, row, column
+    shape: tuple[int, int, int]  # of the image: slice, row, column; of task classification channel, row, column
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,22 @@ class Snapshot:
     dataset: str
     task: str
     classes: tuple[str, ...]  # index in this tuple is the value in a label
-    spacing_mm: tuple[float, float, float]  # slice, row, column
+    spacing_mm: tuple[float, float, float] | None  # slice, row, column; None: photographs
     records: tuple[Record, ...]  # in the order of key
     _volumes: dict[str, NDArray[Any]]
 
     def image(self, key: str) -> NDArray[np.float32]:
-        """[slice, row, column], standardised by the plan's transforms; finite."""
+        """As its record's shape says, through the plan's transforms; finite."""
         return self._volumes[f"image/{key}"]
 
     def label(self, key: str) -> NDArray[np.uint8]:
-        """[slice, row, column], index into `classes`; 0 is background."""
+        """[slice, row, column], or [1] of task classification: index into `classes`; of task segmentation 0 is background."""
         return self._volumes[f"label/{key}"]
+
+
+def label_shape(task: str, image: tuple[int, int, int]) -> tuple[int, ...]:
+    """Of a study whose image has that shape."""
+    return image if task == "segmentation" else (1,)
 
 
 def read_snapshot(folder: Path) -> Snapshot:
@@ -80,8 +86,9 @@ def read_snapshot(folder: Path) -> Snapshot:
         facts = json.loads(text)
         records = tuple(Record(r["key"], r["patient"], r["split"], tuple(r["shape"])) for r in facts["records"])
         named = (facts["format"], facts["volumes"])
+        task, spacing = facts["task"], facts["spacing_mm"]
         snapshot = Snapshot(
-            facts["dataset"], facts["task"], tuple(facts["classes"]), tuple(facts["spacing_mm"]), records, _map(volumes, records)
+            facts["dataset"], task, tuple(facts["classes"]), spacing and tuple(spacing), records, _map(volumes, records, task)
         )
     except (ValueError, KeyError, TypeError):
         raise IntegrityError("a snapshot does not have the form of format 1: ingest again") from None
@@ -90,12 +97,12 @@ def read_snapshot(folder: Path) -> Snapshot:
     return snapshot
 
 
-def _map(path: Path, records: tuple[Record, ...]) -> dict[str, NDArray[Any]]:
+def _map(path: Path, records: tuple[Record, ...], task: str) -> dict[str, NDArray[Any]]:
     """Views of a safetensors file: u64 length, JSON header, data. ValueError unless it holds exactly what the records say."""
     mapped = np.memmap(path, dtype=np.uint8, mode="r")
     start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
     header = json.loads(mapped[8:start].tobytes())
-    if start > mapped.size or header != _header(records)[0] or any(r.split not in get_args(Split) for r in records):
+    if start > mapped.size or header != _header(records, task)[0] or any(r.split not in get_args(Split) for r in records):
         raise ValueError("header")
     views = {}
     for name, entry in header.items():
@@ -105,14 +112,15 @@ def _map(path: Path, records: tuple[Record, ...]) -> dict[str, NDArray[Any]]:
     return views
 
 
-def _header(records: tuple[Record, ...]) -> tuple[dict[str, Any], bytes]:
+def _header(records: tuple[Record, ...], task: str) -> tuple[dict[str, Any], bytes]:
     """The safetensors header: images first, so that float32 stays aligned, then labels; each in the order of the records."""
     entries: dict[str, Any] = {}
     offset = 0
     for kind, dtype, size in (("image", "F32", 4), ("label", "U8", 1)):
         for record in records:
-            end = offset + size * prod(record.shape)
-            entries[f"{kind}/{record.key}"] = {"dtype": dtype, "shape": list(record.shape), "data_offsets": [offset, end]}
+            shape = record.shape if kind == "image" else label_shape(task, record.shape)
+            end = offset + size * prod(shape)
+            entries[f"{kind}/{record.key}"] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
     text = canonical_json(entries)
     text += b" " * (-len(text) % 8)
@@ -126,8 +134,8 @@ class SnapshotWriter:
     Use as a context manager; `add` in the order of key, then `finish`. A full disk is a StorageError.
     """
 
-    def __init__(self, snapshots: Path) -> None:
-        self._snapshots = snapshots
+    def __init__(self, snapshots: Path, task: str = "segmentation") -> None:
+        self._snapshots, self._task = snapshots, task
         self._records: list[Record] = []
 
     def __enter__(self) -> "SnapshotWriter":
@@ -145,12 +153,14 @@ class SnapshotWriter:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def add(self, key: str, patient: str, split: Split, image: NDArray[np.float32], label: NDArray[np.uint8]) -> None:
-        """One study: image float32 and label uint8 of one [slice, row, column] shape."""
-        if image.shape != label.shape or image.ndim != 3 or image.dtype != np.float32 or label.dtype != np.uint8:
-            raise ValueError("a study is a float32 image and a uint8 label of one three-dimensional shape")
+        """One study: image float32 of three axes, and its label uint8 of `label_shape`."""
+        if image.ndim != 3 or image.dtype != np.float32 or label.dtype != np.uint8:
+            raise ValueError("a study is a float32 image of three axes and a uint8 label")
+        depth, height, width = image.shape
+        if label.shape != label_shape(self._task, (depth, height, width)):
+            raise ValueError(f"a label of task {self._task} has another shape beside such an image")
         if self._records and key <= self._records[-1].key:
             raise ValueError("studies are added in the order of key")
-        depth, height, width = image.shape
         try:
             self._images.write(image.astype("<f4", copy=False).tobytes())
             self._labels.write(label.tobytes())
@@ -158,12 +168,12 @@ class SnapshotWriter:
             raise _full(error) from None
         self._records.append(Record(key, patient, split, (depth, height, width)))
 
-    def finish(self, dataset: str, task: str, classes: tuple[str, ...], spacing_mm: tuple[float, float, float]) -> str:
+    def finish(self, dataset: str, classes: tuple[str, ...], spacing_mm: tuple[float, float, float] | None) -> str:
         """The digest, which is also the name of the folder. The same snapshot written before is left as it is."""
         try:
             volumes = self._join()
             facts = {
-                "format": FORMAT, "dataset": dataset, "task": task, "classes": classes, "spacing_mm": spacing_mm,
+                "format": FORMAT, "dataset": dataset, "task": self._task, "classes": classes, "spacing_mm": spacing_mm,
                 "records": [asdict(record) for record in self._records], "volumes": f"sha256:{volumes}",
             }  # fmt: skip
             text = canonical_json(facts)
@@ -183,7 +193,7 @@ class SnapshotWriter:
         digest = hashlib.sha256()
 
         def copy(out: IO[bytes]) -> None:
-            header = _header(tuple(self._records))[1]
+            header = _header(tuple(self._records), self._task)[1]
             digest.update(header)
             out.write(header)
             for part in (self._images, self._labels):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from silo_agent.config import Dataset
 from wardround.plan import Plan
 
 
@@ -52,6 +53,15 @@ class IngestWork:
     segments: dict[str, str]  # plan class -> SegmentLabel or coded segment "SCHEME:VALUE" of the hospital's SEGs
     split_key: bytes  # 32 bytes, local to the hospital: pseudonyms and splits are HMACs under it
     snapshots: Path
+    csv: str = ""  # inside `source`: where the labels are instead; empty: in DICOM SEG
+    column: str = ""  # of the csv
+    values: dict[str, str] = field(default_factory=dict)  # plan class -> the hospital's word in that column
+
+
+def ingest_work(binding: Dataset, plan: Plan | None, split_key: bytes, snapshots: Path) -> IngestWork:
+    """What ingest is asked of a dataset binding."""
+    labels = binding.labels
+    return IngestWork(plan, binding.source, labels.segments, split_key, snapshots, labels.csv, labels.column, labels.values)
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,9 @@ def read_work(program: str, facts: str, data: bytes) -> Work:
     plan = None if value["plan"] is None else parse_plan(value["plan"].encode())
     if program == "ingest":
         return IngestWork(
-            plan, Path(value["source"]), value["segments"], bytes.fromhex(value["split_key"]), Path(value["snapshots"])
-        )
+            plan, Path(value["source"]), value["segments"], bytes.fromhex(value["split_key"]), Path(value["snapshots"]),
+            value["csv"], value["column"], value["values"],
+        )  # fmt: skip
     if plan is None:
         raise MessageError("work for the trainer needs a plan")
     snapshot = None if value["snapshot"] is None else Path(value["snapshot"])

@@ -14,7 +14,8 @@ from wardround import VERSION
 from wardround.accounting import round_event
 from wardround.canonical import digest_name
 from wardround.layout import layout_of
-from wardround.plan import BasicUNet, Plan, SegResNet, UNet
+from wardround.networks import BasicUNet, RandomFeatures, SegResNet, UNet
+from wardround.plan import Plan, Volumes
 
 NOT_FOR = (
     "Research software. It is no medical device and was never validated for one: not for diagnosis, treatment or any "
@@ -140,6 +141,8 @@ def inference(plan: Plan) -> dict[str, Any]:
     sentence (`sys.exit`: MONAI wraps any other exception in a traceback of its own). MONAI's LoadImage is left out because it makes
     every reader it knows and warns of those that cannot be.
     """
+    if not isinstance(plan.data, Volumes):
+        raise AssertionError("photographs come next")
     device = "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')"
     return {
         "imports": [f"${line}" for line in IMPORTS],
@@ -204,6 +207,8 @@ def _inferer(plan: Plan) -> dict[str, Any]:
 def network_def(plan: Plan) -> dict[str, Any]:
     """The network by MONAI's own class and arguments: the function that training/networks.py builds, under the same names."""
     model, dims, classes = plan.model, len(plan.data.patch), len(plan.classes)
+    if isinstance(model, RandomFeatures):
+        raise AssertionError("a plan segments")
     norm, act = ["GROUP", {"num_groups": model.norm_groups}], ["RELU", {"inplace": False}]
     ends = {"spatial_dims": dims, "in_channels": 1, "out_channels": classes}
     if isinstance(model, UNet):
@@ -237,7 +242,7 @@ def model_card(released: Released) -> str:
         "counted from "
         "the images:",
         "\n".join(["| hospital | declared patients |", "|---|---|", *declared]),
-        f"Spacing {', '.join(f'{edge:g}' for edge in plan.data.spacing_mm)} mm (slice, row, column).",
+        f"Spacing {', '.join(f'{edge:g}' for edge in plan.data.spacing_mm or ())} mm (slice, row, column).",
         "## Training",
         f"{plan.training.algorithm}, {released.stopped_after or plan.rounds} rounds of {plan.training.steps} steps; at least "
         f"{plan.aggregation.min_silos} "

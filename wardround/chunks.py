@@ -64,8 +64,3 @@ class ControlMap:
 def num_chunks(layout: "Layout | None") -> int:
     """Chunks of an upload of this layout; None is the closing round, which is the control chunk alone."""
     return 1 if layout is None else 1 + -(-layout.summed.num_parameters // (FIELDS * COEFFICIENTS))
-
-
-def metric_names(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """What a segmentation plan measures, in the order of the control chunk."""
-    return ("dice", *(f"dice/{name}" for name in classes[1:]), "hd95_mm")

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SHARE = 0.95  # of the lesser final Dice: how soon each run came that far
+from wardround.measures import headline, title
+
+SHARE = 0.95  # of the lesser final headline measure (Dice, AUC): how soon each run came that far
 LOWER = {"hd95_mm": " (lower is better)"}
 ONE_RUN_EACH = (
     "one run each, and one draw of patients: a difference of the order of what another seed gives says nothing, and no test of "
@@ -33,15 +35,17 @@ class Side:
 
 
 def compare(a: Side, b: Side) -> dict[str, Any]:
-    """What `run compare --json` prints. Differences are b minus a."""
+    """What `run compare --json` prints. Differences are b minus a; `headline` is what the task of a is judged by."""
+    name = headline(a.params.get("task", "segmentation"))
     return {
         "runs": [a.run, b.run],
         "phase": [a.phase, b.phase],
         "plan": {key: [a.params.get(key), b.params.get(key)] for key in sorted({*a.params, *b.params}) if _differs(a, b, key)},
         "final": {name: _pair(_final(a, name), _final(b, name)) for name in sorted({*a.curve, *b.curve})},
-        "hospitals": {silo: _pair(_home(a, silo), _home(b, silo)) for silo in sorted({*a.own, *b.own})},
-        "gains": {silo: _pair(*(side.own.get(silo, {}).get("gain/dice") for side in (a, b))) for silo in _gained(a, b)},
-        "rounds_to_95_percent": _soon(a, b),
+        "hospitals": {silo: _pair(*(side.own.get(silo, {}).get(name) for side in (a, b))) for silo in sorted({*a.own, *b.own})},
+        "gains": {silo: _pair(*(side.own.get(silo, {}).get(f"gain/{name}") for side in (a, b))) for silo in _gained(a, b, name)},
+        "headline": name,
+        "rounds_to_95_percent": _soon(a, b, name),
         "rounds": _pair(a.rounds, b.rounds),
         "epsilon": _pair(a.epsilon, b.epsilon),
         "upload_bytes": _pair(a.upload_bytes, b.upload_bytes),
@@ -65,26 +69,22 @@ def _final(side: Side, measure: str) -> float | None:
     return points[max(points)] if points else None
 
 
-def _home(side: Side, silo: str) -> float | None:
-    return side.own.get(silo, {}).get("dice")
-
-
-def _gained(a: Side, b: Side) -> list[str]:
+def _gained(a: Side, b: Side, name: str) -> list[str]:
     """Silos where a run also trained a model alone and published how far the global one is ahead of it."""
-    return sorted({silo for side in (a, b) for silo, own in side.own.items() if "gain/dice" in own})
+    return sorted({silo for side in (a, b) for silo, own in side.own.items() if f"gain/{name}" in own})
 
 
-def _soon(a: Side, b: Side) -> dict[str, Any]:
-    """The first measured round at which each run had SHARE of the lesser final Dice."""
-    finals = [_final(side, "dice") for side in (a, b)]
+def _soon(a: Side, b: Side, name: str) -> dict[str, Any]:
+    """The first measured round at which each run had SHARE of the lesser final headline measure."""
+    finals = [_final(side, name) for side in (a, b)]
     if finals[0] is None or finals[1] is None:
-        return {"dice": None, "a": None, "b": None}
+        return {name: None, "a": None, "b": None}
     target = SHARE * min(finals[0], finals[1])
 
     def first(side: Side) -> int | None:
-        return min((step for step, value in side.curve["dice"].items() if value >= target), default=None)
+        return min((step for step, value in side.curve[name].items() if value >= target), default=None)
 
-    return {"dice": round(target, 4), "a": first(a), "b": first(b)}
+    return {name: round(target, 4), "a": first(a), "b": first(b)}
 
 
 def _caveats(a: Side, b: Side) -> Sequence[str]:
@@ -110,22 +110,22 @@ def _standing(phase: str) -> str:
 
 def as_text(found: Mapping[str, Any]) -> str:
     """Markdown, to be pasted: the same facts."""
-    a, b = found["runs"]
+    (a, b), name = found["runs"], found["headline"]
     lines = [f"# {b} against {a}", ""]
-    rows = [(f"validation {name}{LOWER.get(name, '')}", pair) for name, pair in found["final"].items()]
-    rows += [(f"dice at {silo}", pair) for silo, pair in found["hospitals"].items()]
+    rows = [(f"validation {one}{LOWER.get(one, '')}", pair) for one, pair in found["final"].items()]
+    rows += [(f"{name} at {silo}", pair) for silo, pair in found["hospitals"].items()]
     rows += [(f"gain at {silo} over its own model alone", pair) for silo, pair in found["gains"].items()]
-    rows += [(name.replace("_", " "), found[name]) for name in ("rounds", "epsilon", "upload_bytes", "download_bytes", "seconds")]
+    rows += [(one.replace("_", " "), found[one]) for one in ("rounds", "epsilon", "upload_bytes", "download_bytes", "seconds")]
     lines += [f"| measure | {a} | {b} | difference |", "|---|---|---|---|"]
-    lines += [f"| {name} | {_cell(pair['a'])} | {_cell(pair['b'])} | {_signed(pair['difference'])} |" for name, pair in rows]
+    lines += [f"| {one} | {_cell(pair['a'])} | {_cell(pair['b'])} | {_signed(pair['difference'])} |" for one, pair in rows]
     soon = found["rounds_to_95_percent"]
-    if soon["dice"] is not None:
-        reached = f"round of the first measured model with dice {_cell(soon['dice'])}, {SHARE:.0%} of the lesser final one"
+    if soon[name] is not None:
+        reached = f"round of the first measured model with {name} {_cell(soon[name])}, {SHARE:.0%} of the lesser final one"
         lines.append(f"| {reached} | {_cell(soon['a'])} | {_cell(soon['b'])} | |")
     own = [pair["difference"] for pair in found["hospitals"].values() if pair["difference"] is not None]
     if own:
         up, down = (sum(sign * d > 0 for d in own) for sign in (1, -1))
-        lines += ["", f"{up} of {len(own)} hospitals have a higher Dice in {b}, {down} a lower one."]
+        lines += ["", f"{up} of {len(own)} hospitals have a higher {title(name)} in {b}, {down} a lower one."]
     lines += ["", "| plan | " + f"{a} | {b} |", "|---|---|---|"]
     plan = [f"| {key} | {_cell(pair[0])} | {_cell(pair[1])} |" for key, pair in found["plan"].items()]
     lines += plan or ["| the same plan | | |"]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from math import prod
 
 from wardround.canonical import canonical_json, sha256
-from wardround.plan import BasicUNet, Model, Plan, ResNet18, SegResNet, UNet
+from wardround.networks import BasicUNet, Model, RandomFeatures, ResNet18, SegResNet, UNet
+from wardround.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def layout_of(plan: Plan) -> Layout:
 
 
 def trained_layout(plan: Plan) -> Layout:
-    """The layout of the network that `plan` trains: one input channel, one output per class, slices or volumes by `data.patch`."""
-    return network_layout(plan.model, spatial_dims=len(plan.data.patch), num_classes=len(plan.classes))
+    """The layout of the network that `plan` trains: its inputs by `data`, one output per class."""
+    return network_layout(plan.model, len(plan.data.patch), len(plan.classes), plan.data.channels)
 
 
 def at_home(plan: Plan) -> tuple[bool, ...]:
@@ -79,16 +80,18 @@ def at_home(plan: Plan) -> tuple[bool, ...]:
     return tuple(array.norm if which == "norms" else which == "head" and index >= head for index, array in enumerate(arrays))
 
 
-def network_layout(model: Model, spatial_dims: int, num_classes: int) -> Layout:
-    """The state_dict of MONAI's network with GroupNorm: parameters only, no buffers, all float32."""
+def network_layout(model: Model, spatial_dims: int, num_classes: int, channels: int = 1) -> Layout:
+    """The state_dict of MONAI's network with GroupNorm: parameters only, no buffers, all float32. `channels`: of its input."""
     if isinstance(model, UNet):
-        arrays = _unet(model, spatial_dims, num_classes)
+        arrays = _unet(model, spatial_dims, num_classes, channels)
     elif isinstance(model, BasicUNet):
-        arrays = _basic_unet(model, spatial_dims, num_classes)
+        arrays = _basic_unet(model, spatial_dims, num_classes, channels)
     elif isinstance(model, SegResNet):
-        arrays = _segresnet(model, spatial_dims, num_classes)
+        arrays = _segresnet(model, spatial_dims, num_classes, channels)
+    elif isinstance(model, RandomFeatures):
+        arrays = _biased("head", num_classes, model.features, outputs=num_classes)
     else:
-        arrays = (_resnet18 if isinstance(model, ResNet18) else _densenet121)(spatial_dims, num_classes)
+        arrays = (_resnet18 if isinstance(model, ResNet18) else _densenet121)(spatial_dims, num_classes, channels)
     return Layout(tuple(arrays))
 
 
@@ -102,7 +105,7 @@ def _biased(name: str, *shape: int, outputs: int) -> Iterator[Array]:
     yield Array(f"{name}.bias", (outputs,))
 
 
-def _unet(model: UNet, spatial_dims: int, num_classes: int) -> Iterator[Array]:
+def _unet(model: UNet, spatial_dims: int, num_classes: int, image: int) -> Iterator[Array]:
     kernel = (3,) * spatial_dims
 
     def down(name: str, inputs: int, outputs: int) -> Iterator[Array]:
@@ -123,10 +126,10 @@ def _unet(model: UNet, spatial_dims: int, num_classes: int) -> Iterator[Array]:
         if not top:
             yield from _affine(f"{name}.2.adn.N", outputs)
 
-    return block("model", 1, num_classes, model.channels, top=True)
+    return block("model", image, num_classes, model.channels, top=True)
 
 
-def _basic_unet(model: BasicUNet, spatial_dims: int, num_classes: int) -> Iterator[Array]:
+def _basic_unet(model: BasicUNet, spatial_dims: int, num_classes: int, channels: int) -> Iterator[Array]:
     three, two = (3,) * spatial_dims, (2,) * spatial_dims
     width, output = model.features[:5], model.features[5]
 
@@ -135,7 +138,7 @@ def _basic_unet(model: BasicUNet, spatial_dims: int, num_classes: int) -> Iterat
             yield from _biased(f"{name}.conv_{number}.conv", outputs, wide, *three, outputs=outputs)
             yield from _affine(f"{name}.conv_{number}.adn.N", outputs)
 
-    yield from two_convolutions("conv_0", 1, width[0])
+    yield from two_convolutions("conv_0", channels, width[0])
     for level in range(1, 5):
         yield from two_convolutions(f"down_{level}.convs", width[level - 1], width[level])
     for level in range(4, 0, -1):
@@ -147,7 +150,7 @@ def _basic_unet(model: BasicUNet, spatial_dims: int, num_classes: int) -> Iterat
     yield from _biased("final_conv", num_classes, output, *(1,) * spatial_dims, outputs=num_classes)
 
 
-def _segresnet(model: SegResNet, spatial_dims: int, num_classes: int) -> Iterator[Array]:
+def _segresnet(model: SegResNet, spatial_dims: int, num_classes: int, channels: int) -> Iterator[Array]:
     one, two, three = ((edge,) * spatial_dims for edge in (1, 2, 3))
 
     def blocks(name: str, first: int, count: int, width: int) -> Iterator[Array]:
@@ -158,7 +161,7 @@ def _segresnet(model: SegResNet, spatial_dims: int, num_classes: int) -> Iterato
             yield Array(f"{name}.{number}.conv2.conv.weight", (width, width, *three))
 
     top, levels = model.init_filters, len(model.blocks_up)
-    yield Array("convInit.conv.weight", (top, 1, *three))
+    yield Array("convInit.conv.weight", (top, channels, *three))
     for level, count in enumerate(model.blocks_down):
         width = top * 2**level
         if level:
@@ -174,11 +177,11 @@ def _segresnet(model: SegResNet, spatial_dims: int, num_classes: int) -> Iterato
     yield from _biased("conv_final.2.conv", num_classes, top, *one, outputs=num_classes)
 
 
-def _resnet18(spatial_dims: int, num_classes: int) -> Iterator[Array]:
+def _resnet18(spatial_dims: int, num_classes: int, channels: int) -> Iterator[Array]:
     def convolution(name: str, inputs: int, outputs: int, edge: int) -> Array:
         return Array(f"{name}.weight", (outputs, inputs, *(edge,) * spatial_dims))
 
-    yield convolution("conv1", 1, 64, 7)
+    yield convolution("conv1", channels, 64, 7)
     yield from _affine("bn1", 64)
     inputs = 64
     for stage, outputs in enumerate((64, 128, 256, 512), start=1):
@@ -195,11 +198,11 @@ def _resnet18(spatial_dims: int, num_classes: int) -> Iterator[Array]:
     yield from _biased("fc", num_classes, 512, outputs=num_classes)
 
 
-def _densenet121(spatial_dims: int, num_classes: int) -> Iterator[Array]:
+def _densenet121(spatial_dims: int, num_classes: int, channels: int) -> Iterator[Array]:
     def convolution(name: str, inputs: int, outputs: int, edge: int) -> Array:
         return Array(f"{name}.weight", (outputs, inputs, *(edge,) * spatial_dims))
 
-    yield convolution("features.conv0", 1, 64, 7)
+    yield convolution("features.conv0", channels, 64, 7)
     yield from _affine("features.norm0", 64)
     width = 64
     for block, layers in enumerate((6, 12, 24, 16), start=1):

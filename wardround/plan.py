@@ -6,25 +6,26 @@ door, and every later stage takes a Plan.
 
 import json
 import re
-from abc import abstractmethod
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Discriminator, Field, StringConstraints, Tag, ValidationError, model_validator
 
 from wardround import PROTOCOL, PROTOCOL_OLDEST
 from wardround.canonical import canonical_json, sha256
-from wardround.chunks import metric_names
 from wardround.errors import PlanError
 from wardround.he import HeParameters, he_parameters
+from wardround.measures import metric_names
+from wardround.networks import NETWORKS, Model, RandomFeatures
 from wardround.part import Count, Name, Part, Positive
 from wardround.stop import Stop
 from wardround.training import ALGORITHMS, Server, Training, check_together
 
 MAX_PLAN_BYTES = 64 * 1024
+CLASSIFIERS = "ResNet18, DenseNet121 or RandomFeatures"
+Edge = Annotated[int, Field(ge=8, le=512)]  # of a patch, in pixels
 UNBOUNDED = "without privacy: nothing bounds what the model tells about one patient"
 MEASURED_ONLY = (
     "nothing is trained and no privacy spent; one hospital together with the aggregator could read each hospital's own means; "
@@ -60,146 +61,58 @@ def _how_it_starts(value: Any) -> str:
     return "WarmStart" if isinstance(value, WarmStart) or (isinstance(value, dict) and "bundle" in value) else "Initial"
 
 
-class _Network(Part):
-    """GroupNorm in place of every normalisation, for it couples no patients: each width must divide into `norm_groups`."""
-
-    classifies: ClassVar[bool] = False
-    norm_groups: Count = 8
-
-    @abstractmethod
-    def widths(self) -> dict[str, tuple[int, ...]]:
-        """The key that sets them -> channels that a GroupNorm of the network sees."""
-
-    @property
-    def patch_factor(self) -> int:
-        """What every edge of a patch must be a multiple of: how far the network shrinks it before joining what was skipped."""
-        return 1
-
-    @model_validator(mode="after")
-    def _groups_divide(self) -> Self:
-        for key, widths in self.widths().items():
-            odd = [width for width in widths if width % self.norm_groups]
-            if odd:
-                raise ValueError(f"{key} must be multiples of model.norm_groups ({self.norm_groups}): {odd[0]} is not")
-        return self
-
-
-class UNet(_Network):
-    """monai.networks.nets.UNet without residual units, ReLU."""
-
-    network: Literal["UNet"]
-    channels: Annotated[tuple[Count, ...], Field(min_length=2, max_length=6)]
-    strides: Annotated[tuple[Annotated[int, Field(ge=1, le=4)], ...], Field(min_length=1, max_length=5)]
-    norm_groups: Count = 4
-
-    def widths(self) -> dict[str, tuple[int, ...]]:
-        return {"model.channels": self.channels}
-
-    @property
-    def patch_factor(self) -> int:
-        return prod(self.strides)
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if len(self.strides) != len(self.channels) - 1:
-            raise ValueError(
-                f"model.strides needs one entry fewer than model.channels: expected {len(self.channels) - 1}, "
-                f"got {len(self.strides)}"
-            )
-        return self
-
-
-class BasicUNet(_Network):
-    """monai.networks.nets.BasicUNet: five levels of two convolutions, halved by max pooling; the sixth width is the output's."""
-
-    network: Literal["BasicUNet"]
-    features: tuple[Count, Count, Count, Count, Count, Count] = (32, 32, 64, 128, 256, 32)
-
-    def widths(self) -> dict[str, tuple[int, ...]]:
-        return {"model.features": self.features}
-
-    @property
-    def patch_factor(self) -> int:
-        return 16
-
-    @model_validator(mode="after")
-    def _halves(self) -> Self:
-        odd = [width for width in self.features[2:5] if width % 2]
-        if odd:
-            raise ValueError(f"the third to fifth of model.features must be even, for going up halves them: {odd[0]} is not")
-        return self
-
-
-class SegResNet(_Network):
-    """monai.networks.nets.SegResNet, up by transposed convolutions: interpolation has no deterministic gradient on CUDA."""
-
-    network: Literal["SegResNet"]
-    init_filters: Count = 8
-    blocks_down: Annotated[tuple[Count, ...], Field(min_length=2, max_length=6)] = (1, 2, 2, 4)
-    blocks_up: Annotated[tuple[Count, ...], Field(min_length=1, max_length=5)] = (1, 1, 1)
-
-    def widths(self) -> dict[str, tuple[int, ...]]:
-        return {"model.init_filters": (self.init_filters,)}
-
-    @property
-    def patch_factor(self) -> int:
-        return int(2 ** len(self.blocks_up))
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if len(self.blocks_up) != len(self.blocks_down) - 1:
-            raise ValueError(
-                f"model.blocks_up needs one entry fewer than model.blocks_down: expected {len(self.blocks_down) - 1}, "
-                f"got {len(self.blocks_up)}"
-            )
-        return self
-
-
-class ResNet18(_Network):
-    """monai.networks.nets.resnet18."""
-
-    classifies = True
-    network: Literal["ResNet18"]
-
-    def widths(self) -> dict[str, tuple[int, ...]]:
-        return {"ResNet18's widths": (64, 128, 256, 512)}
-
-
-class DenseNet121(_Network):
-    """monai.networks.nets.DenseNet121: widths grow by 32 from 64."""
-
-    classifies = True
-    network: Literal["DenseNet121"]
-
-    def widths(self) -> dict[str, tuple[int, ...]]:
-        return {"DenseNet121's widths": (64, 96)}
-
-
-Model = Annotated[UNet | BasicUNet | SegResNet | ResNet18 | DenseNet121, Field(discriminator="network")]
-NETWORKS: tuple[Literal["UNet", "BasicUNet", "SegResNet", "ResNet18", "DenseNet121"], ...] = (
-    "UNet",
-    "BasicUNet",
-    "SegResNet",
-    "ResNet18",
-    "DenseNet121",
-)
-TAGS = (*NETWORKS, *ALGORITHMS, "Initial", "WarmStart")
-
-
 class Transform(Part):
-    """A MONAI transform that ingest applies to the image of each study, by name, with its arguments as data."""
+    """A MONAI transform that ingest applies to the images of each study, by name, with its arguments as data."""
 
     name: Literal["NormalizeIntensity", "ScaleIntensity", "ScaleIntensityRange", "GaussianSmooth"]
     arguments: dict[str, float | bool] = Field(default_factory=dict)
 
 
-class Data(Part):
-    """What a study becomes before training. `patch` has 2 entries for networks on slices, 3 for volumes (depth, height, width)."""
+class Volumes(Part):
+    """A study becomes one volume. `patch` has 2 entries for networks on slices, 3 for volumes (depth, height, width)."""
 
     modality: Literal["MR", "CT"]
     spacing_mm: tuple[Positive, Positive, Positive]
-    patch: Annotated[tuple[Annotated[int, Field(ge=8, le=512)], ...], Field(min_length=2, max_length=3)]
+    patch: Annotated[tuple[Edge, ...], Field(min_length=2, max_length=3)]
     transforms: tuple[Transform, ...] = (Transform(name="NormalizeIntensity"),)
+
+    @property
+    def channels(self) -> int:
+        """Of the network's input."""
+        return 1
+
+    @property
+    def study_shape(self) -> tuple[int, int, int]:
+        """The least that a network sees of a study, as a snapshot holds it: slice, row, column."""
+        depth, height, width = (1,) * (3 - len(self.patch)) + self.patch
+        return depth, height, width
+
+
+class Photographs(Part):
+    """A study becomes `images` colour photographs, each resized to `patch` (height, width), red, green and blue from 0 to 1."""
+
+    modality: Literal["DMS", "XC"]
+    images: Annotated[int, Field(ge=1, le=16)]
+    patch: tuple[Edge, Edge]
+    transforms: tuple[Transform, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        """Of the network's input."""
+        return 3 * self.images
+
+    @property
+    def study_shape(self) -> tuple[int, int, int]:
+        """Of a study in a snapshot: channel (red, green and blue of the first photograph first), row, column."""
+        return self.channels, *self.patch
+
+    @property
+    def spacing_mm(self) -> None:
+        """A photograph does not tell how large its pixels are."""
+
+
+Data = Annotated[Volumes | Photographs, Field(discriminator="modality")]
+TAGS = (*NETWORKS, *ALGORITHMS, "MR", "CT", "DMS", "XC", "Initial", "WarmStart")
 
 
 class Privacy(Part):
@@ -255,9 +168,10 @@ class Plan(Part):
 
     name: Name
     protocol: Annotated[int, Field(ge=PROTOCOL_OLDEST, le=PROTOCOL)]
-    task: Literal["segmentation"]
+    task: Literal["segmentation", "classification"]
     dataset: Name
     classes: Annotated[tuple[Name, ...], Field(min_length=2, max_length=32)]
+    """Their index is the label. Of a segmentation the first is background."""
     initial: Annotated[Annotated[Initial, Tag("Initial")] | Annotated[WarmStart, Tag("WarmStart")], Discriminator(_how_it_starts)]
     model: Model
     data: Data
@@ -278,10 +192,30 @@ class Plan(Part):
     every silo keeps to that by itself (docs/adr/0060)."""
 
     @model_validator(mode="after")
+    def _fits_its_task(self) -> Self:
+        segments, network = self.task == "segmentation", self.model.network
+        if segments == self.model.classifies:
+            does, fit = ("classifies", "UNet, BasicUNet or SegResNet") if segments else ("segments", CLASSIFIERS)
+            raise ValueError(f"model.network {network} {does}; task {self.task} needs {fit}")
+        if segments == isinstance(self.data, Photographs):
+            wanted = "MR or CT" if segments else "DMS or XC, for only photographs are classified"
+            raise ValueError(f"data.modality of task {self.task} is {wanted}: got {self.data.modality}")
+        if not segments and isinstance(self.initial, Initial) and self.initial.shapes_steps:
+            raise ValueError("initial.shapes_steps and task classification exclude each other: drawn shapes teach to trace")
+        if isinstance(self.model, RandomFeatures) and isinstance(self.data, Photographs) and self.data.images != 2:
+            raise ValueError(f"model.network RandomFeatures compares two images: data.images must be 2, got {self.data.images}")
+        if isinstance(self.model, RandomFeatures) and self.training.at_home != "nothing":
+            raise ValueError(
+                f"training.at_home {self.training.at_home} and network RandomFeatures exclude each other: its one trained layer is "
+                "all that travels; leave at_home out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fits(self) -> Self:
         if len(set(self.classes)) != len(self.classes):
             raise ValueError(f"classes must differ: got {', '.join(self.classes)}")
-        if self.classes[0] != "background":
+        if self.task == "segmentation" and self.classes[0] != "background":
             raise ValueError(f"the first of classes must be background, the voxels no segment claims: got {self.classes[0]}")
         if (self.training.batch_size == 0) != (self.privacy is not None):
             raise ValueError(
@@ -292,14 +226,14 @@ class Plan(Part):
         check_together(
             self.training, self.aggregation.server, private=self.privacy is not None, released=self.release == "registry"
         )
-        if self.model.classifies:
-            raise ValueError(f"model.network {self.model.network} classifies; task segmentation needs UNet, BasicUNet or SegResNet")
         factor = self.model.patch_factor
         odd = [edge for edge in self.data.patch if edge % factor]
         if odd:
             raise ValueError(
                 f"an edge of data.patch must be a multiple of {factor} (how far the network shrinks it): {odd[0]} is not"
             )
+        if (edge := min(self.data.patch)) < (least := self.model.smallest_edge):
+            raise ValueError(f"an edge of data.patch must be at least {least} for network {self.model.network}: {edge} is not")
         return self
 
     @model_validator(mode="after")
@@ -321,7 +255,7 @@ class Plan(Part):
                 if self.rounds
                 else "local_gain needs rounds: without any no hospital trains a model of its own"
             )
-        if self.stop is not None and self.stop.metric not in (known := metric_names(self.classes)):
+        if self.stop is not None and self.stop.metric not in (known := metric_names(self)):
             raise ValueError(f"stop.metric is one of {', '.join(known)}: got {self.stop.metric}")
         return self
 

@@ -20,7 +20,7 @@ class Stop(Part):
     """No round trains any more once `patience` measured models in a row were not better than the best by `min_delta`."""
 
     metric: str
-    """Of the released means: dice, dice/<class> or hd95_mm, for which lower is better."""
+    """Of the released means (wardround/measures.py): of hd95_mm lower is better."""
 
     patience: Annotated[int, Field(ge=1, le=10_000)]
     """In measured models: with `validate_every: 20` three of them are 60 rounds."""

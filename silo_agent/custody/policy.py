@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from silo_agent.custody.hours import HOURS, WEEK, Day, parse_hours
 from wardround.accounting import MAX_EPSILON_CAP
 from wardround.errors import PolicyRefusal, SettingsError
-from wardround.plan import NETWORKS, Plan, explain
+from wardround.networks import NETWORKS, NetworkName
+from wardround.plan import Plan, explain
 
 MAX_POLICY_BYTES = 64 * 1024
 
@@ -24,7 +25,7 @@ class Policy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     tasks: tuple[Literal["segmentation", "classification"], ...] = ("segmentation", "classification")
-    networks: tuple[Literal["UNet", "BasicUNet", "SegResNet", "ResNet18", "DenseNet121"], ...] = NETWORKS
+    networks: tuple[NetworkName, ...] = NETWORKS
     min_silos: Annotated[int, Field(ge=2, le=1000)] = 3
     """The smallest sum this hospital's update may be part of."""
 

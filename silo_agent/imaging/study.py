@@ -63,12 +63,14 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def index(source: Path) -> Index:
-    """Read the header of every file under `source`, in a fixed order. DataError: no folder, or no file in it."""
+def index(source: Path, table: str = "") -> Index:
+    """Read the header of every file under `source` but `table`, in a fixed order. DataError: no folder, or no file in it."""
     found = Index()
     seen: dict[str, Instance] = {}
     with quiet():
         for path in _files(source):
+            if table and path == source / table:
+                continue
             found.num_files += 1
             try:
                 _sort(found, seen, read_header(path))
@@ -109,6 +111,17 @@ def read(path: Path, header_only: bool = False) -> pydicom.Dataset:
         raise Quarantined(Reason.UNREADABLE) from None
     if not dataset:
         raise Quarantined(Reason.EMPTY)
+    return dataset
+
+
+def read_again(instance: Instance) -> pydicom.Dataset:
+    """The whole object. Quarantined: it is not what the index saw a moment ago."""
+    try:
+        dataset = read(instance.path)
+    except Quarantined as problem:  # its header was readable: pydicom drops what follows a cut
+        raise Quarantined(Reason.TRUNCATED if problem.reason is Reason.EMPTY else problem.reason) from None
+    if dataset.get("SOPInstanceUID") != instance.sop_uid or dataset.get("SeriesInstanceUID") != instance.series_uid:
+        raise Quarantined(Reason.CHANGED)
     return dataset
 
 

@@ -1,4 +1,5 @@
-"""What a volume goes through before training, as the plan says: orientation, spacing, then MONAI transforms by name."""
+"""What a study goes through before training, as the plan says: a volume is turned and resampled, photographs are resized and
+stacked; then MONAI transforms by name."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,13 +12,16 @@ from monai.data.meta_tensor import MetaTensor
 from monai.transforms.intensity.array import GaussianSmooth, NormalizeIntensity, ScaleIntensity, ScaleIntensityRange
 from monai.transforms.spatial.array import Spacing
 from numpy.typing import NDArray
+from torch.nn.functional import interpolate
 
 from silo_agent.imaging.volume import Volume
 from silo_agent.reasons import Quarantined, Reason
 from wardround.errors import PlanError
-from wardround.plan import Data, Transform
+from wardround.plan import Data, Photographs, Transform, Volumes
 
-Preparation = Callable[[Volume, NDArray[np.uint8]], tuple[NDArray[np.float32], NDArray[np.uint8]]]
+Prepared = tuple[NDArray[np.float32], NDArray[np.uint8]]
+Preparation = Callable[[Any, NDArray[np.uint8]], Prepared]  # (the study as it was loaded, label)
+Built = Sequence[Callable[[torch.Tensor], torch.Tensor]]
 # The door for names and arguments off the wire: what is not here is not reachable.
 ALLOWED: dict[str, tuple[Callable[..., Any], frozenset[str]]] = {
     "NormalizeIntensity": (NormalizeIntensity, frozenset({"subtrahend", "divisor", "nonzero"})),
@@ -27,7 +31,7 @@ ALLOWED: dict[str, tuple[Callable[..., Any], frozenset[str]]] = {
 }
 
 
-def build(transforms: Sequence[Transform]) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+def build(transforms: Sequence[Transform]) -> Built:
     """MONAI transforms of the plan. PlanError: an argument that the transform does not take, or lacks."""
     built = []
     for position, transform in enumerate(transforms):
@@ -43,13 +47,31 @@ def build(transforms: Sequence[Transform]) -> list[Callable[[torch.Tensor], torc
 
 
 def preparation(data: Data) -> Preparation:
-    """`prepare` for a plan's data, with its transforms built. PlanError: see `build`."""
+    """`prepare` or `prepare_photographs` for a plan's data, with its transforms built. PlanError: see `build`."""
+    if isinstance(data, Photographs):
+        return partial(prepare_photographs, patch=data.patch, transforms=build(data.transforms))
     return partial(prepare, data=data, transforms=build(data.transforms))
 
 
-def prepare(
-    volume: Volume, labels: NDArray[np.uint8], data: Data, transforms: Sequence[Callable[[torch.Tensor], torch.Tensor]]
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def prepare_photographs(
+    photographs: Sequence[NDArray[np.uint8]], label: NDArray[np.uint8], patch: tuple[int, int], transforms: Built
+) -> Prepared:
+    """Image float32 [3 * photographs, *patch], each photograph's red, green and blue from 0 to 1, and the label as it came.
+
+    By linear interpolation with a filter against aliasing; a photograph of that size keeps its samples. Quarantined: the transforms
+    gave NaN or infinity.
+    """
+    return _transformed(torch.cat([_resized(photograph, patch) for photograph in photographs]), transforms), label
+
+
+def _resized(photograph: NDArray[np.uint8], patch: tuple[int, int]) -> torch.Tensor:
+    image = torch.from_numpy(photograph.astype(np.float32) / 255).movedim(-1, 0)
+    if image.shape[1:] == patch:
+        return image
+    return interpolate(image[None], patch, mode="bilinear", antialias=True)[0]
+
+
+def prepare(volume: Volume, labels: NDArray[np.uint8], data: Volumes, transforms: Built) -> Prepared:
     """Image float32 and label uint8 of one shape [slice, row, column].
 
     Axes are turned, without interpolation, to run from foot to head, front to back, right to left (an axial slice reads as on a
@@ -61,12 +83,16 @@ def prepare(
     spacing = Spacing(pixdim=data.spacing_mm, padding_mode="border")
     prepared: torch.Tensor = spacing(_tensor(image, affine), mode="bilinear")
     label_tensor: torch.Tensor = spacing(_tensor(label, affine), mode="nearest")
+    return _transformed(prepared, transforms)[0], np.asarray(label_tensor[0]).astype(np.uint8)
+
+
+def _transformed(image: torch.Tensor, transforms: Built) -> NDArray[np.float32]:
     for transform in transforms:
-        prepared = transform(prepared)
-    values = np.asarray(prepared[0], dtype=np.float32)
+        image = transform(image)
+    values = np.asarray(image, dtype=np.float32)
     if not np.isfinite(values).all():
         raise Quarantined(Reason.NOT_FINITE)
-    return values, np.asarray(label_tensor[0]).astype(np.uint8)
+    return values
 
 
 def _tensor(array: NDArray[Any], affine: NDArray[np.float64]) -> MetaTensor:

@@ -10,7 +10,7 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.uid import JPEG2000TransferSyntaxes, JPEGLSTransferSyntaxes, JPEGTransferSyntaxes
 
-from silo_agent.imaging.study import Instance, read
+from silo_agent.imaging.study import Instance, read_again
 from silo_agent.reasons import Quarantined, Reason
 
 Vector = NDArray[np.float64]
@@ -82,12 +82,7 @@ def load_volume(instances: Sequence[Instance]) -> Volume:
 
 
 def _load_slice(instance: Instance) -> tuple[Plane, NDArray[np.float32]]:
-    try:
-        dataset = read(instance.path)
-    except Quarantined as problem:  # its header was readable a moment ago: pydicom drops what follows a cut
-        raise Quarantined(Reason.TRUNCATED if problem.reason is Reason.EMPTY else problem.reason) from None
-    if dataset.get("SOPInstanceUID") != instance.sop_uid or dataset.get("SeriesInstanceUID") != instance.series_uid:
-        raise Quarantined(Reason.CHANGED)
+    dataset = read_again(instance)
     return plane_of(dataset, dataset), decode(dataset)
 
 

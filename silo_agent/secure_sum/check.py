@@ -53,7 +53,8 @@ def control_chunk(
     parameters: HeParameters = DEFAULT,
     scalars: Sequence[float] = (),
 ) -> np.ndarray:
-    """uint64 [1, 4096]. `encoded` None: the closing round. `metrics` None: this silo measures nothing (too few patients).
+    """uint64 [1, 4096]. `encoded` None: the closing round. `metrics` None: this silo adds no measures (too few patients, or none
+    of a class).
     `scalars`: the algorithm's, weighted, each 0 to MAX_SCALAR; IntegrityError beyond."""
     chunk = np.zeros(COEFFICIENTS, dtype=np.uint64)
     chunk[control.COUNT] = 1

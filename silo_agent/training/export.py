@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import torch
 
-from silo_agent.training.networks import build_network, load_parameters
+from silo_agent.training.networks import load_parameters, planned_network
 from wardround.bundle import LIBRARIES
 from wardround.layout import layout_of
 from wardround.plan import Plan
@@ -17,7 +17,7 @@ def export(plan: Plan, parameters: bytes) -> tuple[bytes, dict[str, str]]:
 
     Raises MessageError for another length than the layout's, NaN or infinity.
     """
-    network = build_network(plan.model, len(plan.data.patch), len(plan.classes))
+    network = planned_network(plan)
     load_parameters(network, layout_of(plan), parameters)
     file = io.BytesIO()
     torch.save({name: value.detach().clone() for name, value in network.state_dict().items()}, file)

@@ -6,7 +6,9 @@ torch; a test holds the two together.
 """
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable
+from math import prod
 
 import numpy as np
 import torch
@@ -19,32 +21,63 @@ from monai.networks.nets.segresnet import SegResNet as MonaiSegResNet
 from monai.networks.nets.unet import UNet as MonaiUNet
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, max_pool2d
+from torch.nn.functional import avg_pool2d, conv2d, max_pool2d
 
 from wardround.errors import IntegrityError, MessageError
 from wardround.layout import Layout
-from wardround.plan import BasicUNet, Model, ResNet18, SegResNet, UNet
+from wardround.networks import BasicUNet, DenseNet121, Model, RandomFeatures, ResNet18, SegResNet, UNet
+from wardround.plan import Plan
 
 RELU = ("RELU", {"inplace": False})
 
 
-def build_network(model: Model, spatial_dims: int, num_classes: int) -> nn.Module:
-    """[batch, 1, *space] float32 -> logits [batch, num_classes, *space], or [batch, num_classes] if the network classifies."""
-    network = _by_monai(model, spatial_dims, num_classes)
+def build_network(model: Model, spatial_dims: int, num_classes: int, channels: int = 1) -> nn.Module:
+    """[batch, channels, *space] float32 -> logits [batch, num_classes, *space]; [batch, num_classes] if the network classifies."""
+    if isinstance(model, RandomFeatures):
+        pair, head = PairFeatures(model.features, model.kernel, model.seed), nn.Linear(model.features, num_classes)
+        return nn.Sequential(OrderedDict(pair=pair, head=head))
+    network = _by_monai(model, spatial_dims, num_classes, channels)
     _separate(network, model.norm_groups)
     return network
 
 
-def _by_monai(model: Model, spatial_dims: int, num_classes: int) -> nn.Module:
+def planned_network(plan: Plan) -> nn.Module:
+    """The network that `plan` trains, with torch's own numbers in it."""
+    return build_network(plan.model, len(plan.data.patch), len(plan.classes), plan.data.channels)
+
+
+class PairFeatures(nn.Module):
+    """How far the two photographs of a study differ in the mean of each rectified filter; a pair turned round gives the same.
+
+    The filters have no parameters, so that no layout and no message knows them: uniform in (-1, 1) by SHAKE-256 from the seed, as
+    `initial_parameters` draws. wardround/bundle.py says the same to MONAI.
+    """
+
+    def __init__(self, features: int, kernel: int, seed: int) -> None:
+        super().__init__()
+        shape = (features, 3, kernel, kernel)
+        stream = hashlib.shake_256(b"wardround/random features/1" + seed.to_bytes(8, "big")).digest(4 * prod(shape))
+        self.register_buffer("filters", torch.from_numpy(_uniform(stream, shape).astype(np.float32)), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 6, height, width] -> [batch, features]"""
+        one, other = (conv2d(image, self.get_buffer("filters")).relu().mean((2, 3)) for image in (x[:, :3], x[:, 3:]))
+        return (one - other).abs()
+
+
+def _by_monai(
+    model: UNet | BasicUNet | SegResNet | ResNet18 | DenseNet121, spatial_dims: int, num_classes: int, channels: int
+) -> nn.Module:
     group = ("GROUP", {"num_groups": model.norm_groups})
     if isinstance(model, UNet):
-        return MonaiUNet(spatial_dims, 1, num_classes, model.channels, model.strides, num_res_units=0, norm=group, act=RELU)
+        return MonaiUNet(spatial_dims, channels, num_classes, model.channels, model.strides, num_res_units=0, norm=group, act=RELU)
     if isinstance(model, BasicUNet):
-        return MonaiBasicUNet(spatial_dims, 1, num_classes, model.features, act=RELU, norm=group)
+        return MonaiBasicUNet(spatial_dims, channels, num_classes, model.features, act=RELU, norm=group)
     if isinstance(model, SegResNet):
         return MonaiSegResNet(
             spatial_dims,
             model.init_filters,
+            in_channels=channels,
             out_channels=num_classes,
             act=RELU,
             norm=group,
@@ -53,9 +86,9 @@ def _by_monai(model: Model, spatial_dims: int, num_classes: int) -> nn.Module:
             upsample_mode="deconv",
         )
     if isinstance(model, ResNet18):
-        network: nn.Module = resnet18(spatial_dims=spatial_dims, n_input_channels=1, num_classes=num_classes)
+        network: nn.Module = resnet18(spatial_dims=spatial_dims, n_input_channels=channels, num_classes=num_classes)
         return network
-    return MonaiDenseNet121(spatial_dims, 1, num_classes)
+    return MonaiDenseNet121(spatial_dims, channels, num_classes)
 
 
 def _separate(module: nn.Module, groups: int) -> None:
@@ -129,11 +162,16 @@ def initial_parameters(layout: Layout, seed: int) -> bytes:
 def _initial_array(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float64]:
     if len(shape) == 1:
         return np.full(shape, 1.0 if name.endswith(".weight") else 0.0)
-    size = int(np.prod(shape))
+    size = prod(shape)
     bound = np.sqrt(6.0 * min(shape[:2]) / size)
     stream = hashlib.shake_256(b"wardround/initial/1" + seed.to_bytes(8, "big") + name.encode()).digest(4 * size)
+    return np.asarray(bound * _uniform(stream, shape))
+
+
+def _uniform(stream: bytes, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """In (-1, 1), of 4 bytes each."""
     uniform = (np.frombuffer(stream, "<u4").astype(np.float64) + 0.5) / 2.0**32
-    return np.asarray(bound * (2.0 * uniform - 1.0)).reshape(shape)
+    return np.asarray(2.0 * uniform - 1.0).reshape(shape)
 
 
 def load_parameters(network: nn.Module, layout: Layout, values: bytes) -> None:

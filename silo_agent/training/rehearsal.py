@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from silo_agent.snapshot import Record, Snapshot
+from silo_agent.snapshot import Record, Snapshot, label_shape
 from wardround.canonical import frame, sha256
 from wardround.errors import MessageError
 from wardround.plan import Plan
@@ -15,14 +15,14 @@ NUM_DRAWN = 8  # studies in memory, however many patients: a step costs the same
 
 def drawn_snapshot(plan: Plan, num_patients: int, random_key: bytes) -> Snapshot:
     """`num_patients` training patients with one study each, of a patch's shape: image float32 standard normal, label uint8 uniform
-    over the plan's classes. Every NUM_DRAWN-th patient shares its arrays. MessageError: no patient is declared."""
+    over the plan's classes, in the snapshot's form for the task. Every NUM_DRAWN-th patient shares its arrays. MessageError: no
+    patient is declared."""
     if num_patients < 1:
         raise MessageError(f"a rehearsal draws as many patients as are declared, at least 1: this work item says {num_patients}")
-    shape = (1,) * (3 - len(plan.data.patch)) + plan.data.patch
-    depth, height, width = shape
+    depth, height, width = shape = plan.data.study_shape
     random = np.random.Generator(np.random.PCG64(int.from_bytes(sha256(frame(b"wardround/rehearsal/1", random_key)), "big")))
     images = [random.standard_normal(shape, dtype=np.float32) for _ in range(NUM_DRAWN)]
-    labels = [random.integers(len(plan.classes), size=shape, dtype=np.uint8) for _ in range(NUM_DRAWN)]
+    labels = [random.integers(len(plan.classes), size=label_shape(plan.task, shape), dtype=np.uint8) for _ in range(NUM_DRAWN)]
     keys = [f"{number:032x}" for number in range(num_patients)]
     volumes: dict[str, NDArray[Any]] = {f"image/{key}": images[number % NUM_DRAWN] for number, key in enumerate(keys)}
     volumes |= {f"label/{key}": labels[number % NUM_DRAWN] for number, key in enumerate(keys)}

@@ -1,6 +1,7 @@
 """Whether a network's gradient falls apart into one per patient, as DP-SGD needs. If not, it is refused by name before it trains.
 
-Layers that couple the rows of a batch, keep state of them or change a tensor in place are refused by type. What a forward pass
+Layers that couple the rows of a batch, keep state of them or change a tensor in place are refused by type; numbers that a layer
+brings and nothing changes (the filters of RandomFeatures, in no state_dict) are let through. What a forward pass
 does between its layers no list of types can know (MONAI 1.6.1 adds in place in ResNet and SegResNet, and Opacus's validator does
 not see it): so Opacus's hooks are also tried, on two rows of noise, against plain autograd on one row at a time.
 """
@@ -30,19 +31,21 @@ def refuse_inseparable(network: nn.Module, input_shape: Sequence[int]) -> None:
     for name, module in network.named_modules():
         if type(module) in ModuleValidator.VALIDATORS and ModuleValidator.VALIDATORS[type(module)](module):
             raise _refusal(name, module, "it couples the patients of a batch or keeps state of them")
-        if next(module.buffers(recurse=False), None) is not None:
-            raise _refusal(name, module, "it keeps state beside its parameters")
         if getattr(module, "inplace", False):
             raise _refusal(name, module, "it changes its input in place")
-    rows = _rows(network, input_shape)
+    if kept := network.state_dict().keys() - dict(network.named_parameters()).keys():
+        raise _refusal_of(network, min(kept), "it keeps state beside its parameters")
+    rows, constants = _rows(network, input_shape), {name: buffer.clone() for name, buffer in network.named_buffers()}
     alone = [torch.autograd.grad(_loss(network(row[None])), list(network.parameters())) for row in rows]
     together = _by_hooks(network, rows)
+    for name, buffer in network.named_buffers():
+        if not torch.equal(buffer, constants[name]):
+            raise _refusal_of(network, name, "it keeps state of what went through it")
     total = torch.stack([torch.cat([g.flatten() for g in own]).norm() for own in alone]).norm()
     for index, (name, _) in enumerate(network.named_parameters()):
         expected, seen = torch.stack([own[index] for own in alone]), together[index]
         if seen is None or (seen - expected).norm() > TOLERANCE * expected.norm() + TOLERANCE_OF_ALL * total:
-            owner = name.rpartition(".")[0]
-            raise _refusal(owner, network.get_submodule(owner), "its gradient is not one patient's own")
+            raise _refusal_of(network, name, "its gradient is not one patient's own")
 
 
 def backward(loss: Tensor, retain_graph: bool = False) -> None:
@@ -76,6 +79,12 @@ def _rows(network: nn.Module, input_shape: Sequence[int]) -> Tensor:
 def _loss(outputs: Tensor) -> Tensor:
     """Any loss that is a mean over rows."""
     return outputs.square().flatten(1).mean(1).mean()
+
+
+def _refusal_of(network: nn.Module, array: str, why: str) -> PlanError:
+    """Of the layer that has an array of this name."""
+    owner = array.rpartition(".")[0]
+    return _refusal(owner, network.get_submodule(owner), why)
 
 
 def _refusal(name: str, module: nn.Module, why: str) -> PlanError:

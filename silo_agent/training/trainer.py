@@ -22,11 +22,12 @@ from silo_agent.snapshot import Snapshot, read_snapshot
 from silo_agent.training.evaluation import evaluate
 from silo_agent.training.export import export
 from silo_agent.training.fedprox import Gradient, local_update
-from silo_agent.training.networks import as_bytes, build_network, initial_parameters, load_parameters
+from silo_agent.training.networks import as_bytes, initial_parameters, load_parameters, planned_network
 from silo_agent.training.noise import round_randomness
 from silo_agent.training.rehearsal import drawn_snapshot
 from silo_agent.training.shapes import learn_shapes
-from silo_agent.training.tasks import segmentation
+from silo_agent.training.tasks import task_of
+from silo_agent.training.tasks.patients import Patients, patients_of
 from silo_agent.work import TrainerResult, TrainerWork
 from wardround.canonical import frame, sha256
 from wardround.errors import DataError, MessageError
@@ -89,6 +90,8 @@ def _snapshot_of(work: TrainerWork) -> Snapshot:
     if work.snapshot is None:
         raise MessageError(f"a work item of kind {work.kind} names a snapshot: this one has none")
     snapshot = _read_once(work.snapshot)
+    if snapshot.task != work.plan.task:
+        raise DataError(f"the plan's task is {work.plan.task}; the snapshot's is {snapshot.task}: ingest again for this plan")
     if tuple(snapshot.classes) != work.plan.classes:
         seen, expected = ", ".join(snapshot.classes), ", ".join(work.plan.classes)
         raise DataError(f"the plan's classes are {expected}; the snapshot's are {seen}: ingest again for this plan")
@@ -123,7 +126,7 @@ def _keep_freed_memory() -> None:
 
 def network_of(plan: Plan, parameters: bytes, device: torch.device) -> nn.Module:
     """The plan's network holding `parameters`. Raises MessageError as load_parameters does."""
-    network = build_network(plan.model, len(plan.data.patch), len(plan.classes))
+    network = planned_network(plan)
     load_parameters(network, trained_layout(plan), parameters)
     return network.to(device)
 
@@ -164,21 +167,21 @@ def train_privately(
             f"privacy.sample_rate {privacy.sample_rate} of {work.declared_patients} declared patients is {batch_constant:.2f} "
             "a step, and at least 1 is needed: this hospital is too small for this plan"
         )
-    patients = _patients(snapshot)
+    patients, task = _patients(snapshot), task_of(work.plan)
     random = round_randomness(work, snapshot_digest=work.snapshot.name if work.snapshot else "")
 
     def batches() -> Iterator[dp.Batch]:
         for step in range(work.plan.training.steps):
             taken = random.uniform("patients", step, (len(patients),))
             where = random.uniform("patches", step, (len(patients), 4))
-            images, labels = segmentation.poisson_batch(snapshot, patients, privacy.sample_rate, work.plan.data.patch, taken, where)
+            images, labels = task.poisson_batch(snapshot, patients, privacy.sample_rate, work.plan.data.patch, taken, where)
             yield images.to(device), labels.to(device)
 
     gradients = dp.private_gradients(
         network,
         batches(),
-        segmentation.loss,
-        input_shape=(1, *work.plan.data.patch),
+        task.loss,
+        input_shape=(work.plan.data.channels, *work.plan.data.patch),
         noise=partial(random.gaussian, "noise"),
         noise_multiplier=work.noise_multiplier,
         max_grad_norm=privacy.max_grad_norm,
@@ -187,8 +190,8 @@ def train_privately(
     return _update(list(network.parameters()), work.plan, work.round, gradients), len(patients)
 
 
-def _patients(snapshot: Snapshot) -> segmentation.Patients:
-    patients = segmentation.patients_of(snapshot, "train")
+def _patients(snapshot: Snapshot) -> Patients:
+    patients = patients_of(snapshot, "train")
     if not patients:
         raise DataError("the snapshot has no training patients: see what was quarantined with `silo-agent data check`")
     return patients
@@ -226,18 +229,19 @@ def _gradients(
     parameters: Sequence[Tensor],
     plan: Plan,
     snapshot: Snapshot,
-    patients: segmentation.Patients,
+    patients: Patients,
     random_key: bytes,
     device: torch.device,
 ) -> Iterator[Gradient]:
     """One gradient per step of the plan, each of a fresh batch."""
+    task = task_of(plan)
     for step in range(plan.training.steps_of(len(patients))):
-        images, labels = segmentation.draw_batch(
+        images, labels = task.draw_batch(
             snapshot, patients, plan.training.batch_size, plan.data.patch, step_random(random_key, step)
         )
 
         def gradient(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(segmentation.loss(network(images.to(device)), labels.to(device)), parameters)
+            return torch.autograd.grad(task.loss(network(images.to(device)), labels.to(device)), parameters)
 
         yield partial(gradient, images, labels)
 

@@ -24,11 +24,13 @@ from tests.support.aggregator import SILOS, TestAggregator, until
 from tests.support.hospital import BINDING, LENIENT
 from tests.support.plans import tiny
 from wardround.canonical import sha256
-from wardround.chunks import metric_names, num_chunks
+from wardround.chunks import num_chunks
 from wardround.errors import Disconnected, MessageError
 from wardround.layout import layout_of
+from wardround.measures import metric_names
+from wardround.networks import UNet
 from wardround.pb import federation_pb2 as pb
-from wardround.plan import Plan, UNet
+from wardround.plan import Plan
 
 PLAN = tiny(model=UNet(network="UNet", channels=(48, 48), strides=(2,), norm_groups=2))
 LAYOUT = layout_of(PLAN)
@@ -56,7 +58,7 @@ class Script:
         if work.kind == "export":
             return TrainerResult(values=b"model.pt", versions={"monai": "1.6.1", "numpy": "2.4.6", "torch": "2.13.0+cpu"})
         if work.kind == "evaluate":
-            return TrainerResult(metrics={name: 0.5 for name in metric_names(PLAN.classes)}, num_patients=12)
+            return TrainerResult(metrics={name: 0.5 for name in metric_names(PLAN)}, num_patients=12)
         values = np.linspace(-1, 1, LAYOUT.num_parameters) if work.kind == "initialize" else np.full(LAYOUT.num_parameters, 0.01)
         if work.kind == "train":
             values *= self._number

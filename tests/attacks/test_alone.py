@@ -11,9 +11,9 @@ from silo_agent import alone
 from silo_agent.work import TrainerResult, TrainerWork
 from tests.attacks.federation import PLAN, Hospitals, Script
 from tests.attacks.test_release import completed
-from wardround.chunks import metric_names
 from wardround.compare import as_text, compare
 from wardround.errors import MessageError
+from wardround.measures import metric_names
 from wardround.pb import federation_pb2 as pb
 
 GAINING = PLAN.model_copy(update={"local_gain": True})
@@ -36,7 +36,7 @@ class Alone(Script):
         work = self._work
         if isinstance(work, TrainerWork) and work.kind == "evaluate":
             own = sum(other.kind == "evaluate" and other.round == work.round for other in self.asked) > 1
-            return TrainerResult(metrics=dict.fromkeys(metric_names(PLAN.classes), 0.6 if own else 0.7), num_patients=12)
+            return TrainerResult(metrics=dict.fromkeys(metric_names(PLAN), 0.6 if own else 0.7), num_patients=12)
         return super().wait(work_id, timeout_s)
 
     def trained(self) -> list[float]:

@@ -15,8 +15,8 @@ from tests.attacks.test_warm_start import released, warm
 from tests.support.plans import private, tiny
 from wardround.accounting import round_event
 from wardround.canonical import digest_name
-from wardround.chunks import metric_names
 from wardround.errors import Disconnected, IntegrityError
+from wardround.measures import metric_names
 from wardround.messages import sign
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import Plan
@@ -43,7 +43,7 @@ class Measuring(Script):
     def wait(self, work_id: str, timeout_s: float) -> Any:
         if isinstance(self._work, TrainerWork) and self._work.kind == "evaluate":
             value = MEANS[min(self._work.round, len(MEANS) - 1)]
-            return TrainerResult(metrics={name: value for name in metric_names(PLAN.classes)}, num_patients=12)
+            return TrainerResult(metrics={name: value for name in metric_names(PLAN)}, num_patients=12)
         return super().wait(work_id, timeout_s)
 
 

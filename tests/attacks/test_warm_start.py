@@ -12,8 +12,9 @@ from tests.support.plans import tiny
 from wardround.canonical import canonical_json, digest_name
 from wardround.errors import MessageError
 from wardround.messages import sign
+from wardround.networks import UNet
 from wardround.pb import federation_pb2 as pb
-from wardround.plan import Plan, UNet, parse_plan
+from wardround.plan import Plan, parse_plan
 from wardround.release import parameters_digest, safetensors_header
 
 __all__ = ["willing"]

@@ -5,7 +5,7 @@ import pytest
 from bench.aggregator import ROW, Setting, ciphertexts, measure
 from wardround.ciphertexts import check_upload
 from wardround.layout import layout_of, network_layout
-from wardround.plan import ResNet18
+from wardround.networks import ResNet18
 
 SMALL = Setting(channels=(8, 8), repetitions=1, few=3, many=5)
 

@@ -18,7 +18,8 @@ from tests.support.connect_proxy import ConnectProxy
 from tests.support.plans import tiny
 from wardround.chunks import MAX_PIECE_BYTES
 from wardround.layout import layout_of
-from wardround.plan import Plan, UNet
+from wardround.networks import UNet
+from wardround.plan import Plan
 
 pytestmark = pytest.mark.slow
 

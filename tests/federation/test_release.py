@@ -18,7 +18,8 @@ from aggregator.lineage import connect
 from tests.federation.harness import Haunted, haunted
 from tests.support.mlflow_served import mlflow_served
 from tests.support.plans import tiny
-from wardround.plan import Plan, UNet
+from wardround.networks import UNet
+from wardround.plan import Plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

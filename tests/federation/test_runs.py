@@ -22,7 +22,8 @@ from silo_agent.imaging.deidentify import split_of
 from tests.federation.harness import rows
 from tests.support.mlflow_served import mlflow_served
 from tests.support.plans import tiny
-from wardround.plan import Plan, UNet, WarmStart
+from wardround.networks import UNet
+from wardround.plan import Plan, WarmStart
 from wardround.stop import Stop
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -8,7 +8,7 @@ from silo_agent.imaging.volume import Grid, Plane, Volume
 from silo_agent.reasons import Quarantined, Reason
 from tests.imaging.conftest import plan_5mm
 from wardround.errors import PlanError
-from wardround.plan import Data, Transform
+from wardround.plan import Transform, Volumes
 
 
 def volume(values: np.ndarray, step: float, spacing: tuple[float, float]) -> Volume:
@@ -34,7 +34,7 @@ def test_a_sagittal_stack_turns_to_foot_to_head_front_to_back_right_to_left() ->
 def test_an_axis_that_has_its_spacing_keeps_its_samples() -> None:
     values = np.random.default_rng(0).normal(size=(3, 4, 4))
     labels = np.arange(48, dtype=np.uint8).reshape(3, 4, 4)
-    data = Data(modality="MR", spacing_mm=(5.0, 2.0, 2.0), patch=(8, 8), transforms=())
+    data = Volumes(modality="MR", spacing_mm=(5.0, 2.0, 2.0), patch=(8, 8), transforms=())
     image, label = prepare(volume(values, 5.0, (2.0, 2.0)), labels, data, [])
     assert np.array_equal(image, values.astype(np.float32))
     assert np.array_equal(label, labels)
@@ -44,7 +44,7 @@ def test_an_axis_that_has_its_spacing_keeps_its_samples() -> None:
 def test_finer_spacing_interpolates_the_image_and_repeats_the_label() -> None:
     ramp = np.broadcast_to(np.arange(5.0) * 10, (2, 5, 5))  # grows along columns, 10 a pixel of 2 mm
     labels = (ramp >= 20).astype(np.uint8)
-    data = Data(modality="MR", spacing_mm=(5.0, 2.0, 1.0), patch=(8, 8), transforms=())
+    data = Volumes(modality="MR", spacing_mm=(5.0, 2.0, 1.0), patch=(8, 8), transforms=())
     image, label = prepare(volume(ramp, 5.0, (2.0, 2.0)), labels, data, [])
     assert image.shape == label.shape == (2, 5, 9)
     assert np.allclose(image[0, 0], np.arange(9) * 5, atol=1e-4)

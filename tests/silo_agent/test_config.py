@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from silo_agent.config import load_settings
+from tests.support.photographs import pairs
+from tests.support.plans import tiny
 from wardround.errors import DataError, SettingsError
 
 BINDING = {"source": "dicom", "labels": {"segments": {"grey": "SCT:1", "white": "White"}}, "declared_patients": 120}
@@ -54,6 +56,36 @@ def test_every_wrong_key_is_named(write: Any, changed: dict[str, Any], said: str
         load_settings(write(**changed))
 
 
+TABLE = {"csv": "labels.csv", "column": "pair", "values": {"different": "nonSimilar", "similar": "Similar"}}
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({}, "csv, column, values missing"),
+        ({"csv": "labels.csv", "column": "pair"}, "values missing"),
+        (TABLE | {"segments": {"grey": "G"}}, "labels.segments and labels.csv exclude each other"),
+        (TABLE | {"csv": "../labels.csv"}, r"inside the dataset's source: no / in front and no \.\. in it"),
+        (TABLE | {"csv": "/labels.csv"}, "inside the dataset's source"),
+        (TABLE | {"column": "StudyInstanceUID"}, "which names the study"),
+        (TABLE | {"values": {"different": "x", "similar": " x"}}, "gives two classes one word"),
+    ],
+)
+def test_labels_come_from_one_place_inside_the_source(write: Any, labels: dict[str, Any], said: str) -> None:
+    load_settings(write(datasets={"pairs": BINDING | {"labels": TABLE}}))
+    with pytest.raises(SettingsError, match=said):
+        load_settings(write(datasets={"pairs": BINDING | {"labels": labels}}))
+
+
+def test_a_class_without_a_word_is_named(write: Any) -> None:
+    binding = load_settings(write(datasets={"pairs": BINDING | {"labels": TABLE}})).dataset("pairs")
+    binding.check_labels(pairs())
+    with pytest.raises(DataError, match=r"binds no word for other \(bound: different, similar\): add it under labels.values"):
+        binding.check_labels(pairs(classes=["similar", "other"]))
+    with pytest.raises(DataError, match=r"binds no segment for grey, white \(bound: none\)"):
+        binding.check_labels(tiny())
+
+
 @pytest.mark.parametrize(("number", "fine"), [(1, True), (99, True), (120, True), (4200, True), (121, False), (1001, False)])
 def test_declared_patients_has_two_significant_digits(write: Any, number: int, fine: bool) -> None:
     path = write(datasets={"brain-t1": BINDING | {"declared_patients": number}})
@@ -91,6 +123,6 @@ def test_a_dataset_or_class_that_is_not_bound_names_what_is(write: Any) -> None:
     with pytest.raises(DataError, match=r"binds no dataset 'liver-ct' \(bound here: brain-t1\)"):
         settings.dataset("liver-ct")
     binding = settings.dataset("brain-t1")
-    binding.check_classes("brain-t1", ("background", "grey", "white"))
+    binding.check_labels(tiny())
     with pytest.raises(DataError, match=r"binds no segment for lesion, csf \(bound: grey, white\)"):
-        binding.check_classes("brain-t1", ("background", "lesion", "white", "csf"))
+        binding.check_labels(tiny(classes=("background", "lesion", "white", "csf")))

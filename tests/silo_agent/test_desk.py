@@ -43,6 +43,7 @@ def take(stub: desk_pb2_grpc.DeskStub, program: str = "trainer") -> tuple[str, s
         replace(TRAIN, correction=b"c" * 100),
         TrainerWork("initialize", PLAN),
         IngestWork(PLAN, Path("d"), {"grey": "GM"}, b"s" * 32, Path("o")),
+        IngestWork(None, Path("d"), {}, b"s" * 32, Path("o"), "labels.csv", "pair", {"different": "nonSimilar"}),
     ],
 )
 def test_work_arrives_as_it_was(work: TrainerWork | IngestWork) -> None:

@@ -106,6 +106,14 @@ def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hops == ["policy", "data folder"] and "its folder is empty" in line
     (tmp_path / "images" / "a.dcm").write_bytes(b"x")
     assert told(look_home(settings)) == (["policy", "data folder", "dataset brain"], "")
+    labels = "{csv: labels.csv, column: pair, values: {a: x, b: y}}"
+    (tmp_path / "s.yaml").write_text(
+        f"data: data\ndatasets: {{skin: {{source: images, labels: {labels}, declared_patients: 10}}}}\n"
+    )
+    settings = load_settings(tmp_path / "s.yaml")
+    assert "the CSV of its labels cannot be read: No such file" in told(look_home(settings))[1]
+    (tmp_path / "images" / "labels.csv").write_text("StudyInstanceUID,pair\n")
+    assert told(look_home(settings)) == (["policy", "data folder", "dataset skin"], "")
     monkeypatch.setattr(preflight, "_file_system", lambda path: "nfs4")
     assert "FAIL  data folder: lies on nfs4" in told(look_home(settings))[1]
 

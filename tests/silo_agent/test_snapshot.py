@@ -18,7 +18,7 @@ def write(snapshots: Path, image: np.ndarray = IMAGE) -> Path:
     with SnapshotWriter(snapshots) as writer:
         writer.add(KEYS[0], "a" * 32, "train", image, LABEL)
         writer.add(KEYS[1], "b" * 32, "test", image[:, :, :3] + 1, LABEL[:, :, :3])
-        return snapshots / writer.finish("brain-t1", "segmentation", ("background", "grey", "white"), (5.0, 3.0, 3.0))
+        return snapshots / writer.finish("brain-t1", ("background", "grey", "white"), (5.0, 3.0, 3.0))
 
 
 def test_what_goes_in_comes_out(tmp_path: Path) -> None:

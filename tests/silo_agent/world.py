@@ -27,10 +27,11 @@ from tests.support.hospital import PEERS, Hospital
 from tests.support.identities import ed25519, public
 from tests.support.plans import tiny
 from wardround.canonical import sha256
-from wardround.chunks import ControlMap, metric_names, num_chunks
+from wardround.chunks import ControlMap, num_chunks
 from wardround.ciphertexts import sum_chunks
 from wardround.errors import WardroundError
 from wardround.layout import layout_of
+from wardround.measures import metric_names
 from wardround.messages import epoch_ctx, opened, round_ctx, run_ctx, sign
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import Plan
@@ -74,7 +75,7 @@ class Helpers:
                 raise self.snapshot
             return self.snapshot
         if work.kind == "evaluate":
-            return TrainerResult(metrics={name: 0.5 for name in metric_names(PLAN.classes)}, num_patients=3)
+            return TrainerResult(metrics={name: 0.5 for name in metric_names(PLAN)}, num_patients=3)
         return TrainerResult(values=(MODEL if work.kind == "initialize" else self.update).tobytes(), num_patients=12)
 
     def waited_s(self, work_id: str) -> float:
@@ -230,7 +231,7 @@ class World:
         if (silo, facts.ctx) not in self._contents:
             keys, exponents = self.epochs[facts.key_epoch], exponents_of(self.state.model(RUN, facts.round - 1))
             layout, scalars = self.layout.summed, self.agent._run(RUN).learning.algorithm.num_scalars
-            control = ControlMap(len(layout.arrays), metric_names(PLAN.classes), scalars)
+            control = ControlMap(len(layout.arrays), metric_names(PLAN), scalars)
             encoded = encode(np.resize(UPDATE, layout.num_parameters), layout, exponents, 1.0, silo.ljust(32).encode(), HE)
             chunk = control_chunk(control, silo, 20, encoded, None, facts.ctx, keys.secret, HE, [1.0] * scalars)
             self._contents[silo, facts.ctx] = encrypt(HE, keys.he_secret_key, upload_coefficients(chunk, encoded, HE))

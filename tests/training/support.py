@@ -60,7 +60,7 @@ def write_snapshot(folder: Path, patients: dict[str, tuple[str, int]], shape: tu
     with SnapshotWriter(folder) as writer:
         for seed, (key, patient, split) in enumerate(studies):
             writer.add(key, patient, split, *study(seed, shape))
-        return folder / writer.finish("squares", "segmentation", ("background", "grey", "white"), (5.0, 2.0, 3.0))
+        return folder / writer.finish("squares", ("background", "grey", "white"), (5.0, 2.0, 3.0))
 
 
 HOSPITAL = {f"p{n}": ("train", 1 + n % 2) for n in range(6)} | {"v0": ("validation", 1), "v1": ("validation", 2), "t0": ("test", 1)}

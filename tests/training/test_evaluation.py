@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from silo_agent.training.evaluation import evaluate, predict
+from silo_agent.training.evaluation import evaluate
+from silo_agent.training.tasks.segmentation import predict
 from tests.training.support import hospital, plan
 
 CPU = torch.device("cpu")

@@ -25,7 +25,8 @@ from tests.support.plans import private, tiny
 from wardround.bundle import LIBRARIES, NOT_FOR, Released, bundle_files, inference, model_card
 from wardround.errors import IntegrityError, MessageError
 from wardround.layout import layout_of
-from wardround.plan import BasicUNet, Plan, SegResNet, UNet
+from wardround.networks import BasicUNet, SegResNet, UNet
+from wardround.plan import Plan
 from wardround.release import check_content, max_content_bytes, parameters_digest, safetensors_bytes, safetensors_header
 
 NETWORKS: list[tuple[Any, tuple[int, ...]]] = [

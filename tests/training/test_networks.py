@@ -11,7 +11,7 @@ from silo_agent.training.networks import _Pool3d, as_bytes, build_network, initi
 from tests.training.support import plan
 from wardround.errors import IntegrityError, MessageError
 from wardround.layout import Array, Layout, layout_of
-from wardround.plan import BasicUNet, DenseNet121, Model, ResNet18
+from wardround.networks import BasicUNet, DenseNet121, Model, ResNet18
 
 PLAN = plan()
 LAYOUT = layout_of(PLAN)

@@ -10,6 +10,7 @@ import torch
 
 from silo_agent.training import trainer
 from silo_agent.training.noise import Randomness
+from silo_agent.training.tasks import segmentation
 from silo_agent.training.trainer import handle
 from silo_agent.work import TrainerWork
 from tests.training.support import KEY, private_plan, write_snapshot
@@ -65,14 +66,14 @@ def test_one_patient_more_moves_the_update_by_one_clip(work: TrainerWork, tmp_pa
 def test_who_is_drawn_follows_the_rate_not_the_count(work: TrainerWork, monkeypatch: pytest.MonkeyPatch) -> None:
     rate = private_plan(privacy={"sample_rate": 0.25}, steps=200, mu=0.0)
     seen: list[int] = []
-    real = trainer.segmentation.poisson_batch
+    real = segmentation.poisson_batch
 
     def counted(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = real(*arguments)
         seen.append(len(images))
         return images[:0], labels[:0]
 
-    monkeypatch.setattr(trainer.segmentation, "poisson_batch", counted)
+    monkeypatch.setattr(segmentation, "poisson_batch", counted)
     handle(replace(work, plan=rate))
     assert len(seen) == 200 and 0 in seen and len(set(seen)) > 3
     assert np.mean(seen) == pytest.approx(6 * 0.25, abs=4 * np.sqrt(6 * 0.25 * 0.75 / 200))

@@ -10,7 +10,8 @@ from monai.losses import DiceLoss
 from torch.nn.functional import cross_entropy
 
 from silo_agent.snapshot import Snapshot, read_snapshot
-from silo_agent.training.tasks.segmentation import draw_batch, loss, patients_of, poisson_batch, score, summarize
+from silo_agent.training.tasks.patients import patients_of
+from silo_agent.training.tasks.segmentation import draw_batch, loss, poisson_batch, score, summarize
 from tests.training.support import hospital, plan, write_snapshot
 
 SPACING_MM = (5.0, 2.0, 3.0)

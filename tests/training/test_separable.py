@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from silo_agent.training.networks import build_network
 from silo_agent.training.separable import backward, refuse_inseparable
 from wardround.errors import PlanError
-from wardround.plan import BasicUNet, DenseNet121, Model, ResNet18, SegResNet, UNet
+from wardround.networks import BasicUNet, DenseNet121, Model, RandomFeatures, ResNet18, SegResNet, UNet
 
 NETWORKS: list[tuple[Model, int]] = [
     (UNet(network="UNet", channels=(4, 8, 8), strides=(1, 2)), 16),
@@ -76,6 +76,27 @@ class _Around(nn.Module):
         return linear(self.body(x), self.head.weight, self.head.bias)
 
 
+class _Constant(nn.Module):
+    """Numbers beside the parameters, which a forward pass may or may not change."""
+
+    def __init__(self, persistent: bool, counts: bool) -> None:
+        super().__init__()
+        self.head, self.counts = nn.Linear(8, 8), counts
+        self.register_buffer("seen", torch.ones(8), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counts:
+            self.seen = self.seen + x.detach().sum(0)
+        out: Tensor = self.head(x * self.get_buffer("seen"))
+        return out
+
+
+def test_filters_that_nothing_changes_are_no_state() -> None:
+    refuse_inseparable(nn.Sequential(_Constant(persistent=False, counts=False)), (8,))
+    model = RandomFeatures(network="RandomFeatures", features=8, kernel=3, seed=7)
+    refuse_inseparable(build_network(model, 2, num_classes=3, channels=6), (6, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("network", "shape", "told"),
     [
@@ -88,10 +109,22 @@ class _Around(nn.Module):
         ),
         (nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True)), (8,), r"layer 1 \(ReLU\).*in place"),
         (nn.Sequential(nn.Linear(8, 8), nn.LSTM(8, 8)), (8,), r"layer 1 \(LSTM\)"),
+        (nn.Sequential(_Constant(True, False)), (8,), r"layer 0 \(_Constant\).*keeps state beside its parameters"),
+        (nn.Sequential(_Constant(False, True)), (8,), r"layer 0 \(_Constant\).*keeps state of what went through it"),
         (_Coupled(), (1, 8, 8), r"layer head \(Conv2d\).*not one patient's own"),
         (_Around(), (8,), r"layer head \(Linear\).*not one patient's own"),
     ],
-    ids=["batch-norm", "batch-norm-without-parameters", "running-statistics", "in-place", "lstm", "coupled", "around"],
+    ids=[
+        "batch-norm",
+        "batch-norm-without-parameters",
+        "running-statistics",
+        "in-place",
+        "lstm",
+        "in the state_dict",
+        "counts",
+        "coupled",
+        "around",
+    ],
 )
 def test_refuses_by_name(network: nn.Module, shape: tuple[int, ...], told: str) -> None:
     with pytest.raises(PlanError, match=told):

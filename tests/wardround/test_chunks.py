@@ -1,8 +1,10 @@
 import pytest
 
-from wardround.chunks import COEFFICIENTS, ControlMap, metric_names, num_chunks
+from tests.support.plans import tiny
+from wardround.chunks import COEFFICIENTS, ControlMap, num_chunks
 from wardround.errors import MessageError
 from wardround.layout import Array, Layout
+from wardround.measures import metric_names
 
 
 def layout(size: int) -> Layout:
@@ -21,7 +23,7 @@ def test_variates_are_packed_behind_the_parameters():
 
 
 def test_the_control_map_by_hand():
-    control = ControlMap(2, metric_names(("background", "grey", "white")))
+    control = ControlMap(2, metric_names(tiny()))
     assert (control.saturations, control.second_moments, control.metric_sums) == (slice(4, 6), slice(6, 8), slice(8, 12))
     assert control.metrics == ("dice", "dice/grey", "dice/white", "hd95_mm")
     scaled = ControlMap(2, control.metrics, num_scalars=3)

@@ -9,7 +9,7 @@ import torch
 from silo_agent.training.networks import build_network
 from tests.training.support import plan
 from wardround.layout import Array, Layout, at_home, checkpoint_bytes, layout_of, network_layout, trained_layout
-from wardround.plan import BasicUNet, DenseNet121, Model, ResNet18, SegResNet, UNet
+from wardround.networks import BasicUNet, DenseNet121, Model, ResNet18, SegResNet, UNet
 
 NETWORKS = [
     UNet(network="UNet", channels=(8, 8, 16, 16), strides=(1, 2, 2)),

@@ -11,7 +11,8 @@ from wardround.canonical import canonical_json, digest_name
 from wardround.cli import plan_facts
 from wardround.errors import PlanError, SettingsError
 from wardround.layout import layout_of
-from wardround.plan import INHERITED, UNBOUNDED, Plan, UNet, flattened, parse_plan
+from wardround.networks import UNet
+from wardround.plan import INHERITED, UNBOUNDED, Plan, flattened, parse_plan
 from wardround.release import parameters_digest, safetensors_header
 from wardround.training import Optimizer, Scaffold
 from wardround.warm_start import check_bundle, check_parent, cost_of

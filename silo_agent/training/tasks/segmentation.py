@@ -3,26 +3,20 @@
 import warnings
 from collections.abc import Sequence
 from math import dist, nan
+from typing import cast
 
 import numpy as np
 import torch
+from monai.inferers.utils import sliding_window_inference
 from monai.metrics.hausdorff_distance import compute_hausdorff_distance
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import log_softmax, one_hot
 
 from silo_agent.snapshot import Record, Snapshot
+from silo_agent.training.tasks.patients import Patients
 from wardround.plan import Plan
 
-Patients = dict[str, list[Record]]
-
-
-def patients_of(snapshot: Snapshot, split: str) -> Patients:
-    """Pseudonym -> studies of the patients in `split`, in the order of pseudonym and key, whatever order the snapshot has."""
-    patients: Patients = {}
-    for record in sorted(snapshot.records, key=lambda r: (r.patient, r.key)):
-        if record.split == split:
-            patients.setdefault(record.patient, []).append(record)
-    return patients
+WINDOWS_AT_ONCE = 16  # patches per forward pass: bounds the memory, not the result
 
 
 def draw_batch(
@@ -102,6 +96,29 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
     probability, truth = log_probability.exp()[:, 1:].flatten(2), truth[:, 1:].flatten(2)
     dice = (2 * (probability * truth).sum(2) + 1) / (probability.sum(2) + truth.sum(2) + 1)
     return cross_entropy + 1 - dice.mean(1)
+
+
+def measure(
+    network: nn.Module, plan: Plan, snapshot: Snapshot, record: Record, device: torch.device, distances: bool
+) -> np.ndarray:
+    """The `score` of one study; without `distances` its second row is NaN."""
+    predicted = predict(network, plan, snapshot.image(record.key), device)
+    return score(predicted, snapshot.label(record.key), len(plan.classes), snapshot.spacing_mm if distances else None)
+
+
+@torch.no_grad()
+def predict(network: nn.Module, plan: Plan, image: np.ndarray, device: torch.device) -> np.ndarray:
+    """Class indices uint8 [depth, height, width] of an image of that shape, in windows of the size trained on.
+
+    A network on slices sees every slice, one on volumes overlapping windows, whose logits are averaged; images smaller than
+    the patch are padded with 0. So GroupNorm sees at evaluation the extent that it saw in training.
+    """
+    patch = plan.data.patch
+    volume = torch.from_numpy(np.array(image))  # a copy: the snapshot's own is read-only
+    batch = volume[:, None] if len(patch) == 2 else volume[None, None]
+    logits = cast(Tensor, sliding_window_inference(batch.to(device), patch, WINDOWS_AT_ONCE, network))
+    classes = logits.argmax(1).to(torch.uint8).cpu().numpy()
+    return classes if len(patch) == 2 else classes[0]
 
 
 def score(predicted: np.ndarray, truth: np.ndarray, num_classes: int, spacing_mm: Sequence[float] | None) -> np.ndarray:
