@@ -224,7 +224,7 @@ def note_of(view: RunView) -> str:
     trained = sum(r.round <= view.last_round for r in view.rounds)
     what = f"{trained} of {plan.rounds} rounds" if plan.rounds else "a given model measured"
     lines = [
-        f"{plan.task} of {', '.join(plan.classes[1:])} on {plan.dataset}: {plan.model.network}, {plan.training.algorithm}",
+        f"{plan.task} of {', '.join(plan.bound_classes)} on {plan.dataset}: {plan.model.network}, {plan.training.algorithm}",
         f"{view.phase.value}, {what}" + (f": {view.reason}" if view.reason else ""),
     ]
     if view.rounds:

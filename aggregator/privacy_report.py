@@ -54,9 +54,8 @@ def report_of(view: RunView) -> Report:
 def _head(view: RunView) -> Iterator[Block]:
     plan = view.plan
     yield (
-        f"Federation {view.federation}; {plan.task} of {', '.join(plan.classes[1:])} on dataset {plan.dataset}; {view.phase.value}"
-        + (f": {view.reason}" if view.reason else "")
-        + "."
+        f"Federation {view.federation}; {plan.task} of {', '.join(plan.bound_classes)} on dataset {plan.dataset}; "
+        f"{view.phase.value}" + (f": {view.reason}" if view.reason else "") + "."
     )
     yield privacy_sentence(plan)
     rows = [("submitted", _when(view.created_ms)), ("ended", _when(view.ended_ms)), ("submitted by", view.submitted_by)]

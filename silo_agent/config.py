@@ -71,7 +71,7 @@ class Dataset(_Part):
         by_row = plan.task == "classification"
         what, where = ("word", "values") if by_row else ("segment", "segments")
         named = self.labels.values if by_row else self.labels.segments
-        if unbound := [wanted for wanted in plan.classes[0 if by_row else 1 :] if wanted not in named]:
+        if unbound := [wanted for wanted in plan.bound_classes if wanted not in named]:
             bound = ", ".join(named) or "none"
             raise DataError(
                 f"dataset {plan.dataset!r} of this hospital binds no {what} for {', '.join(unbound)} (bound: {bound}): "

@@ -13,9 +13,9 @@ from typing import Any
 from wardround import VERSION
 from wardround.accounting import round_event
 from wardround.canonical import digest_name
+from wardround.inference import inference
 from wardround.layout import layout_of
-from wardround.networks import BasicUNet, RandomFeatures, SegResNet, UNet
-from wardround.plan import Plan, Volumes
+from wardround.plan import Data, Photographs, Plan
 
 NOT_FOR = (
     "Research software. It is no medical device and was never validated for one: not for diagnosis, treatment or any "
@@ -27,11 +27,6 @@ NOT_FOR = (
     "Not a proof of anybody's privacy beyond the sentence under Privacy.",
 )
 LIBRARIES = ("monai", "numpy", "torch")
-IMPORTS = (
-    "import glob", "import os", "import re", "import sys", "import torch", "from monai.data import MetaTensor",
-    "from monai.data import PydicomReader", "from pydicom import dcmread", "from pydicom.misc import is_dicom",
-    "from safetensors.torch import load_file",
-)  # fmt: skip
 # Where it is missing, MONAI warns of that each time the bundle is run or loaded.
 LOGGING = """\
 [loggers]
@@ -66,7 +61,7 @@ class Released:
     plan: Plan
     parameters_digest: bytes
     declared: Mapping[str, int]  # silo -> patients it declared, of the closing round's sum
-    means: Mapping[str, float]  # cohort means of the final model: dice, dice/<class>, hd95_mm
+    means: Mapping[str, float]  # cohort means of the final model: wardround/measures.py
     notes: tuple[str, ...] = ()  # what the silos say must be told to every reader
     signed_by: tuple[str, ...] = ()  # silos that signed the arrays' digest; empty where only one silo speaks
     versions: Mapping[str, str] = field(default_factory=dict)  # library -> version that wrote model.pt
@@ -85,6 +80,21 @@ def bundle_files(released: Released, safetensors: bytes, pt: bytes) -> dict[str,
     }
 
 
+def _formats(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the network's input and output. A classifier gives logits: configs/inference.json makes probabilities of them."""
+    segments = not isinstance(plan.data, Photographs)
+    colours = [f"{colour} of image {n}" for n in range(1, plan.data.channels // 3 + 1) for colour in ("red", "green", "blue")]
+    image = {
+        "type": "image", "format": "magnitude", "modality": plan.data.modality, "num_channels": plan.data.channels,
+        "spatial_shape": list(plan.data.patch), "dtype": "float32", "value_range": [], "is_patch_data": segments,
+        "channel_def": {str(index): name for index, name in enumerate(colours or ["image"])},
+    }  # fmt: skip
+    classes = {str(index): name for index, name in enumerate(plan.classes)}
+    form = {"type": "probabilities", "format": "segmentation"} if segments else {"type": "logits", "format": "classes"}
+    space = list(plan.data.patch) if segments else []
+    return image, image | form | {"spatial_shape": space, "num_channels": len(classes), "channel_def": classes}
+
+
 def _json(value: Any) -> bytes:
     return json.dumps(value, indent=4).encode() + b"\n"
 
@@ -95,15 +105,7 @@ def _json(value: Any) -> bytes:
 def metadata(released: Released) -> dict[str, Any]:
     """By MONAI's schema for bundles (meta_schema_20240725): what goes in, what comes out, and what wrote it."""
     plan, versions = released.plan, released.versions
-    patch = list(plan.data.patch)
-    image = {
-        "type": "image", "format": "magnitude", "modality": plan.data.modality, "num_channels": 1, "spatial_shape": patch,
-        "dtype": "float32", "value_range": [], "is_patch_data": True, "channel_def": {"0": "image"},
-    }  # fmt: skip
-    classes = {str(index): name for index, name in enumerate(plan.classes)}
-    output = image | {
-        "type": "probabilities", "format": "segmentation", "num_channels": len(plan.classes), "channel_def": classes,
-    }  # fmt: skip
+    image, output = _formats(plan)
     return {
         "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json",
         "version": VERSION,
@@ -111,9 +113,9 @@ def metadata(released: Released) -> dict[str, Any]:
         "monai_version": versions.get("monai", ""),
         "pytorch_version": versions.get("torch", ""),
         "numpy_version": versions.get("numpy", ""),
-        "required_packages_version": {"safetensors": "", "pydicom": "", "nibabel": ""},
+        "required_packages_version": dict.fromkeys(_packages(plan), ""),
         "name": plan.name,
-        "task": f"{plan.task} of {', '.join(plan.classes[1:])}",
+        "task": f"{plan.task} of {', '.join(plan.bound_classes)}",
         "description": f"Trained across {len(released.declared)} hospitals by Wardround, run {released.run}: docs/model_card.md.",
         "authors": f"the silos of federation {released.federation}",
         "copyright": "as agreed among the silos of the federation",
@@ -130,99 +132,6 @@ def metadata(released: Released) -> dict[str, Any]:
     }
 
 
-def inference(plan: Plan) -> dict[str, Any]:
-    """A DICOM series in, a class map out: `monai.bundle.run(config_file="configs/inference.json", study=FOLDER)`.
-
-    What ingest did before training is done here by MONAI's readers and transforms (silo_agent/imaging/transforms.py): axes
-    from foot to head, front to back, right to left, the plan's spacing, the plan's transforms. The network is filled from
-    the signed arrays.
-
-    FOLDER may hold a whole study: its one image series of the plan's modality is read. None or several end the program with one
-    sentence (`sys.exit`: MONAI wraps any other exception in a traceback of its own). MONAI's LoadImage is left out because it makes
-    every reader it knows and warns of those that cannot be.
-    """
-    if not isinstance(plan.data, Volumes):
-        raise AssertionError("photographs come next")
-    device = "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')"
-    return {
-        "imports": [f"${line}" for line in IMPORTS],
-        "bundle_root": ".",
-        "study": "study",
-        "out": "prediction",
-        "device": device,
-        "network_def": network_def(plan),
-        "parameters": "$load_file(@bundle_root + '/models/model.safetensors')",
-        "network": "$(@network_def.load_state_dict(@parameters), @network_def.to(@device).eval().requires_grad_(False))[1]",
-        **_image_series(plan),
-        "preprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                {"_target_": "Lambda", "func": "@load_series"},
-                {"_target_": "Orientation", "axcodes": "SPL", "labels": [["L", "R"], ["P", "A"], ["I", "S"]]},
-                {"_target_": "Spacing", "pixdim": list(plan.data.spacing_mm), "mode": "bilinear", "padding_mode": "border"},
-                *({"_target_": one.name, **one.arguments} for one in plan.data.transforms),
-            ],
-        },
-        "inferer": _inferer(plan),
-        "image": "$@preprocessing(@study)",
-        "logits": "$@inferer(@image[None].to(@device), @network)",
-        "classes": "$@logits.argmax(1).to(torch.uint8).cpu()",
-        "writer": {
-            "_target_": "SaveImage",
-            "output_dir": "@out",
-            "output_postfix": "classes",
-            "separate_folder": False,
-            "output_dtype": "$np.uint8",
-        },
-        "run": ["$@writer(@classes)"],
-    }
-
-
-def _image_series(plan: Plan) -> dict[str, Any]:
-    """`load_series`: a folder to its one image series. MONAI's reader takes a folder for one series, whatever lies in it."""
-    modality = plan.data.modality
-    return {
-        "headers": "$lambda folder: [(file, dcmread(file, stop_before_pixels=True)) "
-        "for file in sorted(glob.glob(os.path.join(folder, '*'))) if os.path.isfile(file) and is_dicom(file)]",
-        "image_series": "$lambda folder: [(head.get('SeriesInstanceUID'), file) for file, head in @headers(folder) "
-        f"if head.get('Modality') == '{modality}']",
-        "only_series": "$lambda folder, found, count: '|'.join(re.escape(file) + '$' for _, file in found) if count == 1 else "
-        f"sys.exit(f'{{folder}} holds {{count}} {modality} image series, expected 1: name the folder of one study or series')",
-        "series_reader": "$lambda folder, found: PydicomReader(fname_regex=@only_series(folder, found, len(dict(found))))",
-        "as_image": "$lambda folder, values, meta: MetaTensor(values[None].astype(np.float32), "
-        "meta={**meta, 'filename_or_obj': folder})",
-        "read": "$lambda folder, reader: @as_image(folder, *reader.get_data(reader.read(folder)))",
-        "load_series": "$lambda folder: @read(folder, @series_reader(folder, @image_series(folder)))",
-    }
-
-
-def _inferer(plan: Plan) -> dict[str, Any]:
-    """A network on slices sees every slice, one on volumes overlapping windows: as evaluation.py measured it."""
-    windows: dict[str, Any] = {"roi_size": list(plan.data.patch), "sw_batch_size": 16}
-    if len(plan.data.patch) == 2:
-        return {"_target_": "SliceInferer", "spatial_dim": 0, **windows}
-    return {"_target_": "SlidingWindowInferer", **windows}
-
-
-def network_def(plan: Plan) -> dict[str, Any]:
-    """The network by MONAI's own class and arguments: the function that training/networks.py builds, under the same names."""
-    model, dims, classes = plan.model, len(plan.data.patch), len(plan.classes)
-    if isinstance(model, RandomFeatures):
-        raise AssertionError("a plan segments")
-    norm, act = ["GROUP", {"num_groups": model.norm_groups}], ["RELU", {"inplace": False}]
-    ends = {"spatial_dims": dims, "in_channels": 1, "out_channels": classes}
-    if isinstance(model, UNet):
-        how: dict[str, Any] = {"channels": list(model.channels), "strides": list(model.strides), "num_res_units": 0}
-    elif isinstance(model, BasicUNet):
-        how = {"features": list(model.features)}
-    elif isinstance(model, SegResNet):
-        blocks = {"blocks_down": list(model.blocks_down), "blocks_up": list(model.blocks_up)}
-        how = {"init_filters": model.init_filters, **blocks, "upsample_mode": "deconv"}
-    else:
-        raise AssertionError("a plan segments")
-    return {"_target_": type(model).__name__, **ends, **how, "norm": norm, "act": act}
-
-
 # --- the card --------------------------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +141,7 @@ def model_card(released: Released) -> str:
     declared = [f"| {silo} | {count} |" for silo, count in sorted(released.declared.items())]
     parts = [
         f"# {plan.name}, released by {released.run}",
-        f"A {plan.model.network} for the {plan.task} of {', '.join(plan.classes[1:])} on {plan.data.modality}, trained across "
+        f"A {plan.model.network} for the {plan.task} of {', '.join(plan.bound_classes)} on {plan.data.modality}, trained across "
         f"{len(released.declared)} hospitals with Wardround {VERSION} (federation {released.federation}): "
         f"{layout_of(plan).num_parameters:,} parameters. The images stayed in the hospitals.",
         "## Not for",
@@ -242,7 +151,7 @@ def model_card(released: Released) -> str:
         "counted from "
         "the images:",
         "\n".join(["| hospital | declared patients |", "|---|---|", *declared]),
-        f"Spacing {', '.join(f'{edge:g}' for edge in plan.data.spacing_mm or ())} mm (slice, row, column).",
+        _seen(plan.data),
         "## Training",
         f"{plan.training.algorithm}, {released.stopped_after or plan.rounds} rounds of {plan.training.steps} steps; at least "
         f"{plan.aggregation.min_silos} "
@@ -257,11 +166,32 @@ def model_card(released: Released) -> str:
         "\n".join(_provenance(released)),
         "## Use",
         "    python -c \"from monai.bundle import run; run(config_file='configs/inference.json', study='FOLDER_OF_ONE_STUDY')\"",
-        "In this folder, with monai, torch, safetensors, pydicom and nibabel installed: it writes the class map of the "
-        f"one {plan.data.modality} image series of DICOM in that folder, on the spacing above, to `prediction/`. Labels and other "
-        "modalities beside it are left alone.",
+        f"In this folder, with monai, torch, {', '.join(_packages(plan)[:-1])} and {_packages(plan)[-1]} installed: it writes "
+        f"{_written(plan.data)}, to `prediction/`. Labels and other modalities beside it are left alone.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _packages(plan: Plan) -> tuple[str, ...]:
+    """Beside monai and torch, what configs/inference.json needs."""
+    return ("safetensors", "pydicom") if isinstance(plan.data, Photographs) else ("safetensors", "pydicom", "nibabel")
+
+
+def _seen(data: Data) -> str:
+    """What the network was shown of a study."""
+    if isinstance(data, Photographs):
+        height, width = data.patch
+        return f"A study is {data.images} colour photographs in the order of InstanceNumber, resized to {height} x {width} pixels."
+    return f"Spacing {', '.join(f'{edge:g}' for edge in data.spacing_mm)} mm (slice, row, column)."
+
+
+def _written(data: Data) -> str:
+    if isinstance(data, Photographs):
+        return (
+            f"the probability of each class for the one {data.modality} series of {data.images} photographs in that folder, as the "
+            "network gives it: nothing calibrated it"
+        )
+    return f"the class map of the one {data.modality} image series of DICOM in that folder, on the spacing above"
 
 
 def _provenance(released: Released) -> list[str]:

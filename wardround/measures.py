@@ -14,7 +14,7 @@ def metric_names(plan: "Plan") -> tuple[str, ...]:
     """All that `plan` measures, in the order of the control chunk; the headline comes first."""
     if plan.task == "classification":
         return CLASSIFICATION
-    return ("dice", *(f"dice/{name}" for name in plan.classes[1:]), "hd95_mm")
+    return ("dice", *(f"dice/{name}" for name in plan.bound_classes), "hd95_mm")
 
 
 def headline(task: str) -> str:

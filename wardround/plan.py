@@ -260,6 +260,11 @@ class Plan(Part):
         return self
 
     @property
+    def bound_classes(self) -> tuple[str, ...]:
+        """Those that a hospital has a name for: of a segmentation all but background."""
+        return self.classes[1:] if self.task == "segmentation" else self.classes
+
+    @property
     def digest(self) -> bytes:
         """SHA-256 of the canonical JSON of the plan with every default written out: 32 bytes."""
         return sha256(b"wardround/plan/1" + self.canonical())

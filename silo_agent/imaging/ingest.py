@@ -92,7 +92,7 @@ def _classes(work: IngestWork) -> tuple[str, ...]:
         return tuple(sorted(work.values)) if work.csv else ("background", *sorted(work.segments))
     by_row = work.plan.task == "classification"
     what, where, named = ("word", "values", work.values) if by_row else ("segment", "segments", work.segments)
-    if unbound := [name for name in work.plan.classes[0 if by_row else 1 :] if name not in named]:
+    if unbound := [name for name in work.plan.bound_classes if name not in named]:
         bound = ", ".join(sorted(named)) or "none"
         raise DataError(
             f"dataset {work.plan.dataset} binds no {what} to class {', '.join(unbound)} (bound: {bound}): "

@@ -10,6 +10,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import torch
 from monai.bundle.config_parser import ConfigParser
@@ -17,13 +18,15 @@ from safetensors.numpy import load
 
 from sandbox.dicom import write_patients
 from silo_agent.training.export import export
-from silo_agent.training.networks import build_network, initial_parameters, load_parameters
+from silo_agent.training.networks import build_network, initial_parameters, load_parameters, planned_network
 from silo_agent.training.trainer import handle
 from silo_agent.work import TrainerWork
 from tests.imaging.conftest import ST_MARYS, edit
+from tests.support.photographs import Clinic, pairs
 from tests.support.plans import private, tiny
-from wardround.bundle import LIBRARIES, NOT_FOR, Released, bundle_files, inference, model_card
+from wardround.bundle import LIBRARIES, NOT_FOR, Released, bundle_files, model_card
 from wardround.errors import IntegrityError, MessageError
+from wardround.inference import inference
 from wardround.layout import layout_of
 from wardround.networks import BasicUNet, SegResNet, UNet
 from wardround.plan import Plan
@@ -34,6 +37,14 @@ NETWORKS: list[tuple[Any, tuple[int, ...]]] = [
     (UNet(network="UNet", channels=(4, 4), strides=(2,), norm_groups=2), (8, 16, 16)),
     (BasicUNet(network="BasicUNet", features=(4, 4, 8, 8, 8, 4), norm_groups=2), (32, 32)),
     (SegResNet(network="SegResNet", init_filters=4, blocks_down=(1, 1), blocks_up=(1,), norm_groups=2), (16, 16)),
+]
+
+
+PHOTOGRAPHS = {"modality": "DMS", "images": 2, "patch": [32, 32]}
+CLASSIFIERS: list[dict[str, Any]] = [
+    {"network": "RandomFeatures", "features": 8, "kernel": 5, "seed": 7},
+    {"network": "ResNet18"},
+    {"network": "DenseNet121", "norm_groups": 4},
 ]
 
 
@@ -62,6 +73,21 @@ def test_monais_own_class_computes_what_was_trained(model: Any, patch: tuple[int
     with torch.no_grad():
         torch.testing.assert_close(theirs(image), ours(image), rtol=0, atol=1e-6)
     assert set(versions) == set(LIBRARIES)
+    assert len(safetensors_header(layout_of(plan))) + len(values) + len(pt) <= max_content_bytes(layout_of(plan))
+
+
+@pytest.mark.parametrize("model", CLASSIFIERS, ids=lambda model: model["network"])
+def test_monais_own_classifier_computes_what_was_trained(model: dict[str, Any]) -> None:
+    plan = pairs(model=model, data=PHOTOGRAPHS)
+    values = parameters_of(plan)
+    ours = planned_network(plan)
+    load_parameters(ours, layout_of(plan), values)
+    pt, _ = export(plan, values)
+    theirs = ConfigParser(inference(plan)).get_parsed_content("network_def").eval()
+    theirs.load_state_dict(torch.load(io.BytesIO(pt), weights_only=True))
+    image = torch.from_numpy(np.random.default_rng(1).random((2, 6, 32, 32), dtype=np.float32))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(image), ours(image), rtol=1e-5, atol=1e-5)
     assert len(safetensors_header(layout_of(plan))) + len(values) + len(pt) <= max_content_bytes(layout_of(plan))
 
 
@@ -203,3 +229,94 @@ def test_a_study_with_no_image_series_or_several_is_told_in_one_sentence(written
     assert told[0] == "1"
     for folder, count, line in zip(folders[1:], (2, 0, 0), told[1:], strict=True):
         assert line.startswith(f"{folder} holds {count} MR image series, expected 1: name the folder of one")
+
+
+# --- a bundle of a classification ------------------------------------------------------------------------------------------------
+
+STRANGER = """
+import json, sys
+from pathlib import Path
+import monai.bundle, torch
+from monai.bundle import ConfigParser
+from safetensors.torch import load_file
+
+bundle = Path(sys.argv[1])
+network = monai.bundle.load(bundle.name, bundle_dir=str(bundle.parent), workflow_type="inference", device="cpu").eval()
+signed = load_file(bundle / "models" / "model.safetensors")
+same = signed.keys() == network.state_dict().keys() and all(torch.equal(v, signed[k]) for k, v in network.state_dict().items())
+found = []
+for study in sys.argv[2:]:
+    parser = ConfigParser()
+    parser.read_config(bundle / "configs" / "inference.json")
+    parser["bundle_root"], parser["study"] = str(bundle), study
+    image = parser.get_parsed_content("preprocessing")(study)
+    with torch.no_grad():
+        found.append(torch.softmax(network(image[None]).double(), 1)[0].tolist())
+print(json.dumps({"same": same, "found": found}))
+"""
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Clinic, Plan, bytes]:
+    """A bundle of arrays that learned nothing, and the hospital that it is tried on: photographs of other sizes than the patch."""
+    folder, plan = tmp_path_factory.mktemp("classifier") / "bundle", pairs(model=CLASSIFIERS[0], data=PHOTOGRAPHS)
+    values = parameters_of(plan)
+    pt, _ = export(plan, values)
+    released = Released("neuro", "pairs-1", plan, b"\1" * 32, {"leuven": 46}, {"auc": 0.962, "balanced_accuracy": 0.9})
+    for name, content in bundle_files(released, safetensors_header(layout_of(plan)) + values, pt).items():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_bytes(content)
+    return folder, Clinic(folder.parent / "dicom", 2, size=(25, 30)), plan, values
+
+
+def test_a_stranger_gets_the_probabilities_that_were_measured(classifier: tuple[Path, Clinic, Plan, bytes], tmp_path: Path) -> None:
+    """Through monai.bundle.load and the bundle's own preprocessing: what the trainer's `measure` saw of the same studies."""
+    from silo_agent.imaging.deidentify import study_key
+    from silo_agent.imaging.ingest import handle as ingest
+    from silo_agent.snapshot import read_snapshot
+    from silo_agent.training.tasks.classification import measure
+    from silo_agent.training.trainer import network_of
+
+    bundle, clinic, plan, values = classifier
+    folders = [str(clinic.path(study, 1).parent) for study in range(4)]
+    said = subprocess.run([sys.executable, "-W", "ignore", "-c", STRANGER, str(bundle), *folders], check=True, capture_output=True)
+    told = json.loads(said.stdout.splitlines()[-1])
+    assert told["same"], "model.pt holds other arrays than the signed ones"
+    snapshot = read_snapshot(tmp_path / ingest(clinic.work(plan, tmp_path)).snapshot)
+    records, device = {record.key: record for record in snapshot.records}, torch.device("cpu")
+    network = network_of(plan, values, device)
+    for study, found in enumerate(told["found"]):
+        series = str(pydicom.dcmread(clinic.path(study, 1)).SeriesInstanceUID)
+        expected = measure(network, plan, snapshot, records[study_key(b"k" * 32, series)], device, False)
+        assert found == pytest.approx(expected[:-1].tolist(), abs=1e-6)
+    assert len({round(found[0], 6) for found in told["found"]}) > 1
+
+
+def test_the_cards_command_writes_the_probability_of_each_class(classifier: tuple[Path, Clinic, Plan, bytes]) -> None:
+    bundle, clinic, *_ = classifier
+    card = (bundle / "docs" / "model_card.md").read_text()
+    (typed,) = [line for line in card.splitlines() if line.startswith("    python -c")]
+    command = typed.strip().replace("FOLDER_OF_ONE_STUDY", str(clinic.path(0, 1).parent)).replace("python", sys.executable, 1)
+    said = subprocess.run(command, shell=True, cwd=bundle, capture_output=True, text=True, timeout=300)
+    assert said.returncode == 0, said.stderr
+    found = json.loads((bundle / "prediction" / "0000_probabilities.json").read_text())
+    assert list(found) == ["different", "similar"] and sum(found.values()) == pytest.approx(1)
+    for line in (
+        "classification of different, similar on DMS",
+        "resized to 32 x 32 pixels",
+        "nothing calibrated it",
+        "| auc | 0.962 |",
+    ):
+        assert line in card
+    formats = json.loads((bundle / "configs" / "metadata.json").read_text())["network_data_format"]
+    image, output = formats["inputs"]["image"], formats["outputs"]["pred"]
+    assert (image["num_channels"], image["channel_def"]["3"]) == (6, "red of image 2")
+    assert (output["type"], output["num_channels"], output["channel_def"]) == ("logits", 2, {"0": "different", "1": "similar"})
+
+
+def test_a_study_of_one_photograph_is_told_in_one_sentence(classifier: tuple[Path, Clinic, Plan, bytes], tmp_path: Path) -> None:
+    bundle, clinic, *_ = classifier
+    shutil.copy(clinic.path(0, 1), tmp_path)
+    typed = [sys.executable, "-c", READ, str(bundle / "configs" / "inference.json"), str(clinic.path(0, 1).parent), str(tmp_path)]
+    told = subprocess.run(typed, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told == ["6", f"{tmp_path} holds 1 DMS images in 1 series, expected 2 in 1: name the folder of one study"]
