@@ -38,7 +38,7 @@ PROGRESS = """
 @dataclass(frozen=True)
 class Site:
     """One hospital: where its DICOM lies, what its labels are called, what it declares, which dataset of a plan that is, and what
-    every reader of a run on it is told."""
+    every reader of a run on it is told. `split_key` draws who of its patients validates and tests; None: it draws one itself."""
 
     name: str
     source: Path
@@ -46,18 +46,17 @@ class Site:
     declared_patients: int
     dataset: str = "brain-t1"
     note: str = SIMULATED
+    split_key: bytes | None = None
 
 
 class Federation:
     """One aggregator and its silos under `root`. Nothing runs until `set_up`; every program's log is `root`/NAME.log.
 
-    `seed` draws which patients validate and test, nothing else: what the hospitals' noise comes from is their operating system's.
+    What the hospitals' noise comes from is their operating system's.
     """
 
-    def __init__(
-        self, root: Path, programs: Programs, sites: list[Site], mlflow: str | None = None, seed: int | None = None
-    ) -> None:
-        self.root, self.programs, self.sites, self.seed = root, programs, sites, seed
+    def __init__(self, root: Path, programs: Programs, sites: list[Site], mlflow: str | None = None) -> None:
+        self.root, self.programs, self.sites = root, programs, sites
         self.port = free_port()
         self._mlflow = mlflow
         self.aggregator: Program | None = None
@@ -130,9 +129,8 @@ class Federation:
 
     def _enroll(self, site: Site) -> None:
         self.at_silo(site.name, "enroll", str(self.root / "letters" / f"wardround-{site.name}.yaml"))
-        if self.seed is not None:  # the same patients validate and test each time, so that a figure can be checked
-            secret = hashlib.sha256(f"{self.seed} {site.name}".encode()).digest()
-            write_secret(self.silo_folder(site.name) / "data" / "keys" / "split.key", secret, replace=True)
+        if site.split_key is not None:  # the same patients validate and test each time, so that a figure can be checked
+            write_secret(self.silo_folder(site.name) / "data" / "keys" / "split.key", site.split_key, replace=True)
 
     # --- running ---------------------------------------------------------------------------------------------------------------
 
@@ -162,6 +160,10 @@ class Federation:
     def show(self, run: str) -> dict[str, Any]:
         value: dict[str, Any] = json.loads(self.at_aggregator("run", "show", run, "--json"))
         return value
+
+
+def seeded_split_key(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed} {name}".encode()).digest()
 
 
 def free_port() -> int:

@@ -5,9 +5,11 @@ Same arguments and same code, same bytes: every UID, date and name is drawn from
 """
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +20,16 @@ from pydicom.uid import DermoscopicPhotographyImageStorage
 
 from sandbox.cache import Progress, digest_of, in_processes, silent, write_once
 from sandbox.camera import LABELS, Clinic, photograph
+from sandbox.federation import seeded_split_key
 from sandbox.headers import Uids, add_series, invent_person, invent_visit, new_image, save_image
 from sandbox.skin import Pair, Pixels, load_pairs
+from silo_agent.imaging.deidentify import split_of
 
 STATEMENT = "real dermoscopy texture of an MIT-licensed set, repainted"  # a description has 64 characters at most (PS3.5 6.2)
 COMMENT = (
     f"{STATEMENT} for each clinic of a simulation; the label says whether two patches show the same kind of skin, no diagnosis"
 )
+MIN_JUDGED = 10  # lesions: of fewer that validate a hospital tells the others nothing
 MODULES = ("skin.py", "camera.py", "photographs.py", "headers.py")
 
 
@@ -46,16 +51,35 @@ def deal(num_clinics: int, seed: int) -> list[list[int]]:
     return [sorted(int(lesion) for lesion in hand) for hand in np.array_split(lesions, num_clinics)]
 
 
-def write_clinic(folder: Path, clinic: Clinic, lesions: Sequence[int], seed: int) -> None:
-    """`folder/0000/IM0001.dcm IM0002.dcm` for each study, numbered through, and `folder/labels.csv`.
+def split_keys(clinics: Sequence[Clinic], seed: int) -> dict[str, bytes]:
+    """The split key of each clinic, by its name: the first of the seed's by which MIN_JUDGED lesions or more validate, and as many
+    test. It knows how many they are and nothing of their labels."""
+    hands = zip(clinics, deal(len(clinics), seed), strict=True)
+    return {clinic.name: _split_key(clinic, lesions, seed) for clinic, lesions in hands}
 
-    Each lesion is drawn from (seed, clinic, lesion) alone.
-    """
+
+def _split_key(clinic: Clinic, lesions: Sequence[int], seed: int) -> bytes:
+    patients = [str(_person(clinic, lesion, seed)[0].PatientID) for lesion in lesions]
+
+    def enough(key: bytes) -> bool:
+        splits = Counter(split_of(key, patient) for patient in patients)
+        return min(splits["validation"], splits["test"]) >= MIN_JUDGED
+
+    return next(key for turn in count() if enough(key := seeded_split_key(seed, f"{clinic.name} {turn}")))
+
+
+def _person(clinic: Clinic, lesion: int, seed: int) -> tuple[Dataset, np.random.Generator]:
+    """A lesion's patient, and what draws everything else of it: from (seed, clinic, lesion) alone."""
+    random = np.random.default_rng([seed, lesion, *clinic.name.encode()])
+    return invent_person(clinic.name, Uids(f"wardround/{seed}/{clinic.name}/lesion {lesion}"), random), random
+
+
+def write_clinic(folder: Path, clinic: Clinic, lesions: Sequence[int], seed: int) -> None:
+    """`folder/0000/IM0001.dcm IM0002.dcm` for each study, numbered through, and `folder/labels.csv`."""
     words = dict(clinic.words)
     rows = [("StudyInstanceUID", clinic.column)]
     for lesion in lesions:
-        random = np.random.default_rng([seed, lesion, *clinic.name.encode()])
-        person = invent_person(clinic.name, Uids(f"wardround/{seed}/{clinic.name}/lesion {lesion}"), random)
+        person, random = _person(clinic, lesion, seed)
         for index, pair in enumerate(_kept(clinic, lesion)):
             images = _series(clinic, person, pair, Uids(f"wardround/{seed}/{clinic.name}/lesion {lesion}/{index}"), random)
             study = folder / f"{len(rows) - 1:04d}"

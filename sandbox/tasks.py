@@ -8,8 +8,8 @@ from typing import Any
 from sandbox.cache import Progress
 from sandbox.camera import CLINICS
 from sandbox.dicom import write_hospitals
-from sandbox.federation import SIMULATED
-from sandbox.photographs import write_clinics
+from sandbox.federation import SIMULATED, seeded_split_key
+from sandbox.photographs import split_keys, write_clinics
 from sandbox.scanner import HOSPITALS
 
 PLANS = Path(__file__).parents[1] / "configs" / "plans"
@@ -32,6 +32,9 @@ class Task:
     plan: Path
     data: str
     write: Callable[[Path, int, Progress], dict[str, Path]]
+    split_keys: Callable[[int], Mapping[str, bytes]]
+    """Seed -> by hospital, what draws who of its patients validates and tests."""
+
     labels: Mapping[str, dict[str, Any]]
     declared_patients: int
     measures: Mapping[str, str]
@@ -56,15 +59,12 @@ class Task:
         return next(iter(self.measures))
 
 
-def _write_scans(root: Path, seed: int, progress: Progress) -> dict[str, Path]:
-    return write_hospitals(root, HOSPITALS, NUM_PATIENTS, seed, progress)
-
-
 TASKS = {
     "segmentation": Task(
         plan=PLANS / "brain-tissue.yaml",
         data=f"{len(HOSPITALS)} hospitals x {NUM_PATIENTS} patients",
-        write=_write_scans,
+        write=lambda root, seed, progress: write_hospitals(root, HOSPITALS, NUM_PATIENTS, seed, progress),
+        split_keys=lambda seed: {hospital.name: seeded_split_key(seed, hospital.name) for hospital in HOSPITALS},
         labels={hospital.name: hospital.labels for hospital in HOSPITALS},
         declared_patients=700,
         measures={"dice": "Dice"},
@@ -78,6 +78,7 @@ TASKS = {
         plan=PLANS / "skin-pairs.yaml",
         data=f"199 lesions dealt to {len(CLINICS)} hospitals, each lesion a patient of one to ten studies",
         write=lambda root, seed, progress: write_clinics(root, CLINICS, seed, progress),
+        split_keys=lambda seed: split_keys(CLINICS, seed),
         labels={clinic.name: clinic.labels for clinic in CLINICS},
         declared_patients=46,
         measures={"auc": "AUC", "balanced_accuracy": "balanced accuracy"},

@@ -12,8 +12,10 @@ from pydicom.uid import DermoscopicPhotographyImageStorage, ExplicitVRLittleEndi
 
 from sandbox.camera import CLINICS, LABELS, Clinic, photograph
 from sandbox.headers import Uids, invent_person, invent_visit
-from sandbox.photographs import COMMENT, STATEMENT, deal, write_clinic, write_clinics
+from sandbox.photographs import COMMENT, MIN_JUDGED, STATEMENT, deal, split_keys, write_clinic, write_clinics
 from sandbox.skin import Pair, load_pairs
+from silo_agent.agent import MIN_VALIDATION_PATIENTS
+from silo_agent.imaging.deidentify import split_of
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -44,6 +46,18 @@ def test_every_lesion_is_dealt_to_one_clinic_by_the_seed() -> None:
     assert sorted(lesion for hand in hands for lesion in hand) == list(range(199))
     assert [len(hand) for hand in hands] == [67, 66, 66]
     assert deal(3, seed=1) == hands != deal(3, seed=2)
+
+
+def test_enough_lesions_validate_and_test_to_be_told_of(tmp_path: Path) -> None:
+    """By the PatientID that the files have, under the key that the clinic gets."""
+    few = [replace(clinic, kept=(0, 1)) for clinic in CLINICS]
+    folders, keys = write_clinics(tmp_path, few, 3), split_keys(CLINICS, 3)
+    assert MIN_JUDGED == MIN_VALIDATION_PATIENTS
+    for name, folder in folders.items():
+        patients = {pydicom.dcmread(path, stop_before_pixels=True).PatientID for path in folder.rglob("*.dcm")}
+        splits = Counter(split_of(keys[name], patient) for patient in patients)
+        assert min(splits["validation"], splits["test"]) >= 10 and splits["train"] >= 30
+    assert split_keys(CLINICS, 3) == keys != split_keys(CLINICS, 4)
 
 
 def test_same_seed_same_bytes_and_every_lesion_on_its_own(tmp_path: Path) -> None:
