@@ -14,8 +14,13 @@ from sandbox.camera import CLINICS, LABELS, Clinic, photograph
 from sandbox.headers import Uids, invent_person, invent_visit
 from sandbox.photographs import COMMENT, MIN_JUDGED, STATEMENT, deal, split_keys, write_clinic, write_clinics
 from sandbox.skin import Pair, load_pairs
+from sandbox.tasks import TASKS
 from silo_agent.agent import MIN_VALIDATION_PATIENTS
 from silo_agent.imaging.deidentify import split_of
+from silo_agent.imaging.ingest import handle
+from silo_agent.snapshot import read_snapshot
+from silo_agent.work import IngestWork
+from wardround.plan import load_plan
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -99,6 +104,24 @@ def test_photographs_and_labels_read_back_exactly(
             assert np.array_equal(image.pixel_array, painted)
         assert {image.StudyInstanceUID for image in images} == {row["StudyInstanceUID"]}
         assert row[clinic.column] == words["similar" if pair.similar else "different"]
+
+
+@pytest.mark.parametrize("clinic", CLINICS, ids=lambda clinic: clinic.name)
+def test_a_hospital_reads_what_its_camera_saw(tmp_path: Path, clinic: Clinic) -> None:
+    """Through ingest, as its settings say: no study set aside, the pixels in the plan's size, the labels from the CSV."""
+    source, plan = tmp_path / "source", load_plan(TASKS["classification"].plan)
+    write_clinic(source, clinic, [4], seed=1)
+    work = IngestWork(plan, source, {}, b"k" * 32, tmp_path / "snapshots", **clinic.labels)
+    found = handle(work)
+    snapshot = read_snapshot(tmp_path / "snapshots" / found.snapshot)
+    pairs = pairs_of(clinic, 4)
+    assert len(snapshot.records) == len(pairs) and not found.quarantined
+    assert sorted(snapshot.label(record.key).item() for record in snapshot.records) == sorted(pair.similar for pair in pairs)
+    folders = [path for path in source.iterdir() if path.is_dir()]
+    studies = [[pydicom.dcmread(path).pixel_array for path in sorted(folder.iterdir())] for folder in folders]
+    seen = sorted([(image.mean((0, 1)) / 255).tolist() for image in images] for images in studies)
+    read = sorted(snapshot.image(record.key).reshape(2, 3, -1).mean(-1).tolist() for record in snapshot.records)
+    assert np.allclose(read, seen, atol=2e-3)
 
 
 def test_a_lesion_is_one_patient_of_several_visits_and_headers_say_what_it_is(tmp_path: Path) -> None:
