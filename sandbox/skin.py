@@ -34,8 +34,8 @@ class Pair:
 def load_pairs() -> tuple[Pair, ...]:
     """Every pair in the order of its number, but those that would put one patch into two lesions.
 
-    The package fills pairs of different skin with patches of other lesions: 403 of its 1,990 pairs share one so, all of them of
-    different skin, and are left out. Then no patch is in two lesions, so none can be in training and in a test.
+    403 of its 1,990 pairs are of different skin and hold a patch that another lesion has too. Without them no patch is in two
+    lesions, so none can be in training and in a test.
     """
     pairs = [_read(number, similar) for number, similar in sorted(_numbers().items())]
     lesions = defaultdict(set)
