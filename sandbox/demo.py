@@ -72,14 +72,14 @@ def _federate(console: Console, root: Path, task: Task, plan: Plan, folders: dic
     """Set up, run to the end, verify, stop. Everything in here is a program of its own."""
     keys = task.split_keys(seed)
     sites = [
-        Site(name, folder, task.labels[name], task.declared_patients, plan.dataset, task.note, keys[name])
+        Site(name, folder, task.labels[name], task.declared_patients, plan.dataset, task.note, keys.get(name))
         for name, folder in folders.items()
     ]
     port = free_port()
     mlflow = start_mlflow(root / "mlflow", port)
     try:
         with Programs() as programs:
-            federation = Federation(root / "federation", programs, sites, f"http://127.0.0.1:{port}")
+            federation = Federation(root / "federation", programs, sites, f"http://127.0.0.1:{port}", seed)
             console.print("enrolment: operator key, aggregator, one token a hospital, signed roster")
             with console.status("each by the command that people type"):
                 federation.set_up()

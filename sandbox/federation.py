@@ -38,7 +38,8 @@ PROGRESS = """
 @dataclass(frozen=True)
 class Site:
     """One hospital: where its DICOM lies, what its labels are called, what it declares, which dataset of a plan that is, and what
-    every reader of a run on it is told. `split_key` draws who of its patients validates and tests; None: it draws one itself."""
+    every reader of a run on it is told. `split_key` draws who of its patients validates and tests, where the
+    federation's seed should not."""
 
     name: str
     source: Path
@@ -52,11 +53,13 @@ class Site:
 class Federation:
     """One aggregator and its silos under `root`. Nothing runs until `set_up`; every program's log is `root`/NAME.log.
 
-    What the hospitals' noise comes from is their operating system's.
+    `seed` draws which patients validate and test, nothing else: what the hospitals' noise comes from is their operating system's.
     """
 
-    def __init__(self, root: Path, programs: Programs, sites: list[Site], mlflow: str | None = None) -> None:
-        self.root, self.programs, self.sites = root, programs, sites
+    def __init__(
+        self, root: Path, programs: Programs, sites: list[Site], mlflow: str | None = None, seed: int | None = None
+    ) -> None:
+        self.root, self.programs, self.sites, self.seed = root, programs, sites, seed
         self.port = free_port()
         self._mlflow = mlflow
         self.aggregator: Program | None = None
@@ -129,8 +132,9 @@ class Federation:
 
     def _enroll(self, site: Site) -> None:
         self.at_silo(site.name, "enroll", str(self.root / "letters" / f"wardround-{site.name}.yaml"))
-        if site.split_key is not None:  # the same patients validate and test each time, so that a figure can be checked
-            write_secret(self.silo_folder(site.name) / "data" / "keys" / "split.key", site.split_key, replace=True)
+        if self.seed is not None:  # the same patients validate and test each time, so that a figure can be checked
+            secret = site.split_key or seeded_split_key(self.seed, site.name)
+            write_secret(self.silo_folder(site.name) / "data" / "keys" / "split.key", secret, replace=True)
 
     # --- running ---------------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 from sandbox.cache import Progress
 from sandbox.camera import CLINICS
 from sandbox.dicom import write_hospitals
-from sandbox.federation import SIMULATED, seeded_split_key
+from sandbox.federation import SIMULATED
 from sandbox.photographs import split_keys, write_clinics
 from sandbox.scanner import HOSPITALS
 
@@ -32,9 +32,6 @@ class Task:
     plan: Path
     data: str
     write: Callable[[Path, int, Progress], dict[str, Path]]
-    split_keys: Callable[[int], Mapping[str, bytes]]
-    """Seed -> by hospital, what draws who of its patients validates and tests."""
-
     labels: Mapping[str, dict[str, Any]]
     declared_patients: int
     measures: Mapping[str, str]
@@ -51,6 +48,9 @@ class Task:
     note: str
     """What every reader of a run is told."""
 
+    split_keys: Callable[[int], Mapping[str, bytes]] = lambda seed: {}
+    """Seed -> by hospital, what draws who of its patients validates and tests, where the seed alone would leave too few."""
+
     caveats: tuple[str, ...] = ()
     """What else the last screen says of its figures."""
 
@@ -64,7 +64,6 @@ TASKS = {
         plan=PLANS / "brain-tissue.yaml",
         data=f"{len(HOSPITALS)} hospitals x {NUM_PATIENTS} patients",
         write=lambda root, seed, progress: write_hospitals(root, HOSPITALS, NUM_PATIENTS, seed, progress),
-        split_keys=lambda seed: {hospital.name: seeded_split_key(seed, hospital.name) for hospital in HOSPITALS},
         labels={hospital.name: hospital.labels for hospital in HOSPITALS},
         declared_patients=700,
         measures={"dice": "Dice"},

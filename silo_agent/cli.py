@@ -208,7 +208,7 @@ def run(
         for number in (signal.SIGTERM, signal.SIGINT):
             # In a thread: a handler that interrupts the loop at the wrong instruction would wait for a lock the loop holds.
             signal.signal(number, lambda *_: threading.Thread(target=agent.inbox.stop).start())
-        log.info("silo agent", silo=agent.silo, federation=agent.federation, seeded=seed is not None)
+        log.info("silo agent", silo=agent.held.silo, federation=agent.held.federation, seeded=seed is not None)
         try:
             agent.run()
         finally:

@@ -18,6 +18,7 @@ from wardround.accounting import Event, pld_epsilon
 from wardround.cli import Json, command_line, print_facts
 from wardround.errors import SettingsError, StorageError
 
+NO_SHARE = "over the cap, which was lowered so far that no event fits it"
 PLOT_POINTS = 60  # an epsilon takes 0.05 s
 WIDTH, HEIGHT, MARGIN = 720, 360, 50  # of the plot, pixels
 COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#7b4f9d", "#b08900")
@@ -65,14 +66,15 @@ def show(
     if json_:
         print_facts(facts | {"charges": [vars(one) | {"event": vars(one.event)} for one in charged]}, True)
         return
-    bar = "#" * math.ceil(30 * min(facts["spent"], 1)) + "+" * math.ceil(30 * min(facts["reserved"], 1))
-    shares = {name: f"{100 * facts[name]:.1f} %" for name in ("spent", "reserved", "left")}
+    shares = {name: NO_SHARE if facts[name] is None else f"{100 * facts[name]:.1f} %" for name in ("spent", "reserved", "left")}
+    filled = {name: 1.0 if facts[name] is None else min(facts[name], 1.0) for name in ("spent", "reserved")}
+    bar = "#" * math.ceil(30 * filled["spent"]) + "+" * math.ceil(30 * filled["reserved"])
     runs = [f"{name}: {one['opened']} of {one['rounds']} rounds, {one['state']}" for name, one in facts["runs"].items()]
     print_facts(facts | shares | {"runs": runs or ["none"], "filter": f"[{bar[:30]:.<30}] # spent, + reserved"}, False)
 
 
 def ledger_facts(ledger: Ledger) -> dict[str, Any]:
-    """What `ledger show` prints; spent, reserved and left are parts of the cap, 0..1."""
+    """What `ledger show` prints; spent, reserved and left are parts of the cap, 1 is all of it; None: no event fits it."""
     if not ledger.lines:
         raise SettingsError("the privacy ledger is empty: no run with privacy was ever accepted here")
     spent, reserved = ledger.share(ledger.spent), ledger.share(ledger.reserved)
@@ -85,8 +87,8 @@ def ledger_facts(ledger: Ledger) -> dict[str, Any]:
         "epsilon_cap": ledger.epsilon_cap,
         "delta": ledger.delta,
         "order": ledger.order,
-        "spent": spent,
-        "reserved": reserved,
+        "spent": spent if spent < math.inf else None,
+        "reserved": reserved if reserved < math.inf else None,
         "left": max(1 - spent - reserved, 0.0),
         "runs": {
             name: {"rounds": run.rounds, "opened": len(run.opened), "state": states[name]} for name, run in ledger.runs.items()

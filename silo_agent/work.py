@@ -37,7 +37,7 @@ class TrainerResult:
     bytes of a model.pt (export)."""
 
     values: bytes = b""
-    metrics: dict[str, float] = field(default_factory=dict)  # evaluate: dice, dice/<class>, hd95_mm
+    metrics: dict[str, float] = field(default_factory=dict)  # evaluate: wardround/measures.py, but for what cannot be told
     num_patients: int = 0
     seconds: float = 0.0
     device: str = "cpu"

@@ -168,9 +168,11 @@ class Ledger:
         return left
 
     def share(self, events: Counter[Event]) -> float:
-        """The part of the cap that events take: 1 is all of it. Shares add up, unlike epsilons."""
+        """The part of the cap that events take: 1 is all of it. Shares add up, unlike epsilons.
+
+        Infinite where the cap was lowered so far that no event fits it at the ledger's order."""
         budget, cost = rdp_budget(self.epsilon_cap, self.delta, self.order), rdp_cost(events, self.order)
-        return cost / budget if budget > 0 else math.inf
+        return 0.0 if not cost else cost / budget if budget > 0 else math.inf
 
     def check(self, run: str, event: Event, rounds: int) -> None:
         """Raises PolicyRefusal unless so many events fit beside all that is spent and reserved. Writes nothing: `plan check`."""

@@ -57,9 +57,8 @@ class Study:
 def handle(work: IngestWork) -> IngestResult:
     """Do one work item: a snapshot for a plan, or, without one, a check of every file that a plan would use.
 
-    DataError: a class is not bound, the folder is empty, its CSV of labels has no such columns, or (with a plan) no patient is
-    usable. PlanError: a transform's
-    arguments. StorageError: the snapshot cannot be written.
+    DataError: a class is not bound, the folder is empty, its CSV of labels cannot be used, or (with a plan) no patient is usable.
+    PlanError: a transform's arguments. StorageError: the snapshot cannot be written.
     """
     if work.plan and work.plan.rehearse:
         raise MessageError("a rehearsal opens no dataset: nothing was read")
@@ -67,9 +66,10 @@ def handle(work: IngestWork) -> IngestResult:
         raise DataError(f"a split key has {SPLIT_KEY_BYTES} bytes: this one has {len(work.split_key)}")
     classes = _classes(work)
     prepare = _preparation(work.plan) if work.plan else None
+    rows = read_rows(work.source, work.csv, work.column) if work.csv else None  # at once: an index takes hours
     found = index(work.source, work.csv)
     tally = Tally(found.quarantined)
-    studies, digest = _studies(work, found, _loader(work, found, classes, tally), tally), ""
+    studies, digest = _studies(work, found, _loader(work, found, classes, rows, tally), tally), ""
     if work.plan and prepare:
         digest = _write(work, work.plan, found, studies, prepare, tally)
     else:
@@ -137,10 +137,11 @@ def _count(work: IngestWork, study: Study, label: NDArray[np.uint8], classes: tu
     return patient, split
 
 
-def _loader(work: IngestWork, found: Index, classes: tuple[str, ...], tally: Tally) -> Callable[[str, str], Study]:
-    """(key, series) -> Study; Quarantined says why not. Counts the labels that belong to nothing here."""
-    if work.csv:
-        rows = read_rows(work.source, work.csv, work.column)
+def _loader(
+    work: IngestWork, found: Index, classes: tuple[str, ...], rows: dict[str, list[str]] | None, tally: Tally
+) -> Callable[[str, str], Study]:
+    """(key, series) -> Study; Quarantined says why not. Counts the labels that belong to nothing here. `rows`: of a CSV."""
+    if rows is not None:
         here = Counter((images[0].study_uid, images[0].modality) for images in found.series.values())
         lost = sum(len(rows[study]) for study in rows.keys() - {study for study, _ in here})
         tally.quarantined += Counter({Reason.ROW_WITHOUT_STUDY: lost})

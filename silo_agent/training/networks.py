@@ -50,7 +50,7 @@ class PairFeatures(nn.Module):
     """How far the two photographs of a study differ in the mean of each rectified filter; a pair turned round gives the same.
 
     The filters have no parameters, so that no layout and no message knows them: uniform in (-1, 1) by SHAKE-256 from the seed, as
-    `initial_parameters` draws. wardround/bundle.py says the same to MONAI.
+    `initial_parameters` draws. wardround/inference.py says the same to MONAI.
     """
 
     def __init__(self, features: int, kernel: int, seed: int) -> None:

@@ -97,7 +97,7 @@ class Silo:
             cast(dict[str, Helper], {"trainer": script, "ingest": script}),
             seed=None,
         )
-        self.name = self.agent.silo
+        self.name = self.agent.held.silo
         self.did: list[str] = []
         self.silent = False
 
@@ -113,13 +113,13 @@ class Silo:
         self.state.enrolled({name: value.encode() for name, value in facts.items()} | keys)
 
     def close(self) -> None:
-        self.agent.membership.hang_up()
+        self.agent.held.membership.hang_up()
         self.state.close()
 
     def poll(self) -> pb.Offer:
-        client = self.agent.membership.dial()
+        client = self.agent.held.membership.dial()
         offer = client.poll(self.agent._request())
-        self.agent.membership.attend(client, offer)
+        self.agent.held.membership.attend(client, offer)
         self.agent.inbox.offer = offer
         return offer
 
@@ -142,7 +142,7 @@ class Silo:
                     raise
 
     def epoch_keys(self, run: str, number: int = 1) -> EpochKeys:
-        return self.agent.keyring.keys(self.agent._run(run), number)
+        return self.agent.held.keyring.keys(self.agent.held.run(run), number)
 
     def stance(self, run: str) -> str:
         return self.state.facts(run).stance.value

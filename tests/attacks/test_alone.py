@@ -48,7 +48,9 @@ def scripts(hospitals: Hospitals) -> list[Alone]:
     found = [Alone(number) for number in range(1, 4)]
     for silo, script in zip(hospitals.all, found, strict=True):
         silo.agent.desk, silo.agent.helpers = script, {"trainer": script, "ingest": script}
-        silo.agent.policy = silo.agent.policy.model_copy(update={"metrics": "per_silo" if silo.name == "leuven" else "cohort"})
+        silo.agent.held.policy = silo.agent.held.policy.model_copy(
+            update={"metrics": "per_silo" if silo.name == "leuven" else "cohort"}
+        )
     return found
 
 
@@ -81,12 +83,12 @@ def test_it_leaves_in_no_message_and_goes_when_the_run_closes(hospitals: Hospita
     update_made = silo.state.update_made
 
     def seen(*arguments: Any) -> None:
-        states.append(silo.agent.spool.get(arguments[-1]))
+        states.append(silo.agent.held.spool.get(arguments[-1]))
         update_made(*arguments)
 
     silo.state.update_made = seen
     sent: list[bytes] = []
-    client = silo.agent.membership.dial()
+    client = silo.agent.held.membership.dial()
     upload, post = client.upload, client.post
     client.upload = lambda signed, content: (sent.append(content), upload(signed, content))[1]
     client.post = lambda signed: (sent.append(signed.body), post(signed))[1]
@@ -96,7 +98,7 @@ def test_it_leaves_in_no_message_and_goes_when_the_run_closes(hospitals: Hospita
     own = [part for state in states for part in (state[:64], alone.parameters_of(state)[:64])]
     assert not [part for part in own if any(part in content for content in sent)]
     row = silo.state.alone(run)
-    assert row is not None and not silo.agent.spool.has(row["state"])
+    assert row is not None and not silo.agent.held.spool.has(row["state"])
 
 
 def test_killed_in_between_it_takes_the_same_steps(hospitals: Hospitals, scripts: list[Alone]) -> None:

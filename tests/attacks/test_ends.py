@@ -102,7 +102,7 @@ def test_an_aggregator_that_ignores_the_rule_gets_no_more_training(willing: Hosp
     offer = silo.poll()
     assert offer.facts.round == STOPPED + 1  # it says nothing of training or not: each silo knows
     with pytest.raises(Disconnected):
-        silo.agent._upload = _never
+        silo.agent.actions.upload = _never
         while silo.obey(offer) != "nothing to do":
             pass
     assert scripts[0].kinds["train"] == STOPPED
@@ -117,16 +117,16 @@ def test_a_silo_that_says_the_rule_stands_elsewhere_is_not_believed(willing: Hos
     run = willing.start(stopping())
     willing.reach(run, 1, "evaluating")
     silo = willing.all[0]
-    send, lies = silo.agent._post, []
+    send, lies = silo.agent.held.post, []
 
     def lie(message: str, ctx: bytes, body: Any) -> pb.Signed:
         if message == "model-report" and not lies:
             body.progress.stopped_after = 1
             lies.append(sign(message, ctx, body, silo.name, silo.keys.identity))
-            silo.agent.membership.dial().post(lies[0])
+            silo.agent.held.membership.dial().post(lies[0])
         return send(message, ctx, body)
 
-    silo.agent._post = lie
+    silo.agent.held.post = lie
     with pytest.raises(IntegrityError, match="charite reports that the plan's stop rule stands elsewhere after round 1"):
         willing.until(lambda: bool(lies), silo)
     assert willing.aggregator.store.run(run).last_round == 9
@@ -140,7 +140,7 @@ def test_a_silo_that_restores_takes_the_rule_from_where_the_others_are(willing: 
     new = willing.enroll("zagreb")
     script = Measuring(4)
     new.agent.desk, new.agent.helpers = cast(Any, script), cast(Any, {"trainer": script, "ingest": script})
-    new.agent.policy = new.agent.policy.model_copy(update={"release": ("registry", "silos-only")})
+    new.agent.held.policy = new.agent.held.policy.model_copy(update={"release": ("registry", "silos-only")})
     willing.aggregator.publish()
     assert "stopped by rule at round 4" in completed(willing, run)
     willing.until(lambda: all(silo.stance(run) == "closed" for silo in willing.all))
@@ -153,7 +153,7 @@ def test_a_given_model_is_measured_and_nothing_else_happens(willing: Hospitals) 
     plan = warm(digest, rounds=0)
     strict = Policy(metrics="per_silo", min_silos=3)  # no training without privacy: this trains nothing
     for silo in willing.all:
-        silo.agent.policy = strict
+        silo.agent.held.policy = strict
     run = willing.start(plan)
     assert completed(willing, run) == ""
     assert {tuple(sorted(script.kinds.items())) for script in scripts} == {(("evaluate", 1),)}

@@ -58,7 +58,7 @@ def send(silo: Silo, content: bytes, **says: int) -> None:
     assert row is not None
     header = pb.UploadHeader.FromString(pb.Signed.FromString(row["header"]).body)
     header.content_digest, header.content_bytes = sha256(content), says.get("content_bytes", len(content))
-    silo.agent.membership.dial().upload(sign("upload", row["ctx"], header, silo.name, silo.keys.identity), content)
+    silo.agent.held.membership.dial().upload(sign("upload", row["ctx"], header, silo.name, silo.keys.identity), content)
 
 
 def arrived(hospitals: Hospitals) -> list[str]:

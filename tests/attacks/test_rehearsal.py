@@ -37,7 +37,7 @@ def test_a_rehearsal_ends_after_one_round_and_its_model_is_not_taken(willing: Ho
     assert store.unprojected() == []  # MLflow never hears of it
 
     silo = willing.silos["charite"]
-    model = silo.agent._model(silo.agent._run(run), 1)
+    model = silo.agent.held.model(silo.agent.held.run(run), 1)
     content = safetensors_header(LAYOUT) + model.parameters + b"model.pt"
     body = pb.Bundle(
         run=run, parameters_digest=parameters_digest(LAYOUT, model.parameters), content_digest=sha256(content),
@@ -46,7 +46,7 @@ def test_a_rehearsal_ends_after_one_round_and_its_model_is_not_taken(willing: Ho
     bundle = sign("bundle", run_ctx("neuro", run, REHEARSED.digest), body, silo.name, silo.keys.identity)
     with pytest.raises(MessageError, match="is a rehearsal: it has no model to release"):
         send(silo, (bundle, content))
-    assert release.withheld(REHEARSED, silo.agent.policy, False) == "it is a rehearsal: its model learned from drawn tensors"
+    assert release.withheld(REHEARSED, silo.agent.held.policy, False) == "it is a rehearsal: its model learned from drawn tensors"
 
 
 def test_a_report_of_a_rehearsal_names_no_parameters(willing: Hospitals) -> None:
@@ -61,7 +61,7 @@ def test_a_report_of_a_rehearsal_names_no_parameters(willing: Hospitals) -> None
         round=1, model_mac=signed["mac"], bounds_digest=bytes(32), sum_digest=signed["sum_digest"], parameters_digest=bytes(32),
     )  # fmt: skip
     with pytest.raises(MessageError, match="reports a digest of parameters"):
-        silo.agent.membership.dial().post(sign("model-report", ctx, body, silo.name, silo.keys.identity))
+        silo.agent.held.membership.dial().post(sign("model-report", ctx, body, silo.name, silo.keys.identity))
     assert silo.name not in willing.aggregator.store.run(run).reports
 
 
@@ -77,5 +77,5 @@ def test_the_next_run_of_the_plan_is_another(willing: Hospitals) -> None:
     moved = pb.Signed.FromString(rehearsed.SerializeToString())
     moved.ctx = store.run(second).ctx
     with pytest.raises(IdentityError, match="not signed by the identity key"):
-        silo.agent.membership.dial().post(moved)
+        silo.agent.held.membership.dial().post(moved)
     assert store.run(second).joins == {}

@@ -35,7 +35,7 @@ def recorded(hospitals: Hospitals, kind: str) -> list[dict[str, Any]]:
 
 
 def allow(silo: Silo, *release: str) -> None:
-    silo.agent.policy = silo.agent.policy.model_copy(update={"release": release})
+    silo.agent.held.policy = silo.agent.held.policy.model_copy(update={"release": release})
 
 
 def completed(hospitals: Hospitals, run: str, *silos: Silo) -> str:
@@ -58,7 +58,7 @@ def closing(hospitals: Hospitals, run: str) -> None:
 
 def parameters(silo: Silo, run: str) -> bytes:
     row = silo.state.model(run, OPEN.rounds + 1)
-    return GlobalModel.load(silo.agent.spool.get(row["state"]), LAYOUT).parameters
+    return GlobalModel.load(silo.agent.held.spool.get(row["state"]), LAYOUT).parameters
 
 
 def bundle(silo: Silo, run: str, content: bytes, /, **changes: Any) -> tuple[pb.Signed, bytes]:
@@ -76,7 +76,7 @@ def honest(silo: Silo, run: str) -> bytes:
 
 
 def send(silo: Silo, what: tuple[pb.Signed, bytes]) -> pb.Receipt:
-    return silo.agent.membership.dial().upload(*what)
+    return silo.agent.held.membership.dial().upload(*what)
 
 
 def test_the_first_silo_by_name_sends_what_all_of_them_signed(willing: Hospitals) -> None:
@@ -121,12 +121,12 @@ def test_a_silo_asked_for_a_bundle_against_plan_or_policy_sends_nothing(willing:
     charite = willing.silos["charite"]
     asked = pb.Offer(phase=pb.RELEASING, run=run)
     with pytest.raises(PolicyRefusal, match="the plan says release: silos-only; nothing is sent"):
-        charite.agent._release(asked)
+        charite.agent.actions.release(asked)
     released = willing.start(OPEN)
     closing(willing, released)
     allow(charite, "silos-only")
     with pytest.raises(PolicyRefusal, match="policy release allows silos-only; the plan says release: registry"):
-        charite.agent._release(pb.Offer(phase=pb.RELEASING, run=released))
+        charite.agent.actions.release(pb.Offer(phase=pb.RELEASING, run=released))
     assert charite.state.bundle(released) is None
 
 
@@ -134,7 +134,7 @@ def test_a_model_that_is_not_final_is_not_sent(willing: Hospitals) -> None:
     run = willing.start(OPEN)
     willing.reach(run, 2, "open")
     with pytest.raises(PolicyRefusal, match="whose final model this silo does not hold"):
-        willing.silos["charite"].agent._release(pb.Offer(phase=pb.RELEASING, run=run))
+        willing.silos["charite"].agent.actions.release(pb.Offer(phase=pb.RELEASING, run=run))
 
 
 def test_arrays_that_are_not_the_reported_ones_are_not_released_and_the_next_silo_is_asked(willing: Hospitals) -> None:
@@ -213,12 +213,12 @@ def test_a_report_of_another_round_or_plan_carries_no_digest_of_parameters(willi
     willing.reach(run, 1, "evaluating")
     leuven = willing.silos["leuven"]
     sent: list[pb.Signed] = []
-    leuven.agent.membership.dial().post = lambda signed: sent.append(signed) or pb.Receipt()
+    leuven.agent.held.membership.dial().post = lambda signed: sent.append(signed) or pb.Receipt()
     willing.until(lambda: bool(sent), leuven)
-    leuven.agent.membership.hang_up()
+    leuven.agent.held.membership.hang_up()
     lie = altered(leuven, sent[0], pb.ModelReport, parameters_digest=bytes(32))
     with pytest.raises(MessageError, match="which is for the final model of a plan that says release: registry: nothing is kept"):
-        leuven.agent.membership.dial().post(lie)
+        leuven.agent.held.membership.dial().post(lie)
 
 
 def test_what_a_seed_made_is_never_released_under_a_promise_of_privacy() -> None:
@@ -239,10 +239,10 @@ def test_a_killed_maker_sends_the_bundle_it_had_made(willing: Hospitals) -> None
     run = willing.start(OPEN)
     closing(willing, run)
     charite = willing.silos["charite"]
-    charite.agent.membership.dial().upload = lambda *_: (_ for _ in ()).throw(ConnectionError)
+    charite.agent.held.membership.dial().upload = lambda *_: (_ for _ in ()).throw(ConnectionError)
     with pytest.raises(ConnectionError):
-        charite.agent._release(charite.poll())
-    charite.agent.membership.hang_up()
+        charite.agent.actions.release(charite.poll())
+    charite.agent.held.membership.hang_up()
     made = charite.state.bundle(run)
     assert made is not None and not made["sent"] and made["content"] in charite.state.needed(run)
     assert completed(willing, run) == ""

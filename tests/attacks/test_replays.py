@@ -46,7 +46,7 @@ def test_an_upload_of_one_attempt_is_not_taken_for_another(hospitals: Hospitals)
     """By the aggregator: under its old signature it is what it was, and has that receipt; under a new one it says what it is."""
     run, header, content = second_attempt(hospitals)
     silo = hospitals.silos["charite"]
-    client = silo.agent.membership.dial()
+    client = silo.agent.held.membership.dial()
     assert client.upload(header, content).digest == sha256(content)
     moved = pb.Signed.FromString(header.SerializeToString())
     moved.ctx = silo.poll().facts.ctx
@@ -101,9 +101,9 @@ def test_an_acknowledgement_of_an_old_key_epoch_is_not_taken(hospitals: Hospital
     hospitals.aggregator.publish()
     hospitals.reach(run, 2, "open")
     with pytest.raises(MessageError, match="was made for an old or another key epoch than 2"):
-        silo.agent.membership.dial().post(ack)
+        silo.agent.held.membership.dial().post(ack)
     with pytest.raises(MessageError, match="was made for an old or another key epoch than 2"):
-        silo.agent.membership.dial().post(altered(silo, ack, pb.EpochAck, number=2))
+        silo.agent.held.membership.dial().post(altered(silo, ack, pb.EpochAck, number=2))
 
 
 def test_two_sets_for_one_attempt_get_one_seal(hospitals: Hospitals) -> None:
@@ -121,9 +121,9 @@ def test_two_sets_for_one_attempt_get_one_seal(hospitals: Hospitals) -> None:
     for signed in again.uploads:  # the same names, another content: its silo signed twice
         if signed.silo == other.name:
             signed.CopyFrom(altered(other, signed, pb.UploadHeader, content_digest=b"x" * 32))
-    silo.agent._seal(offer)
+    silo.agent.actions.seal(offer)
     with pytest.raises(ConflictError, match="two different sets of uploads for one attempt"):
-        silo.agent._seal(again)
+        silo.agent.actions.seal(again)
     row = silo.state.attempt(run, (1, 1))
     assert row is not None
     kept = pb.Seal.FromString(pb.Signed.FromString(row["seal"]).body)
@@ -137,7 +137,7 @@ def test_two_seals_of_one_silo_are_one_and_a_conflict(hospitals: Hospitals) -> N
     assert silo.obey(silo.poll()) == "seal"
     row = silo.state.attempt(run, (1, 1))
     assert row is not None
-    client, seal = silo.agent.membership.dial(), pb.Signed.FromString(row["seal"])
+    client, seal = silo.agent.held.membership.dial(), pb.Signed.FromString(row["seal"])
     client.post(seal)  # the same again is the same
     with pytest.raises(ConflictError, match=f"{silo.name} has already sent another seal"):
         client.post(altered(silo, seal, pb.Seal, content_digests=[b"x" * 32] * 3))
@@ -152,7 +152,7 @@ def test_a_model_report_that_lies_ends_the_run_before_anyone_builds_on_it(
     run = hospitals.start()
     liar = hospitals.silos["charite"]
     hospitals.reach(run, 1, "evaluating")
-    client = liar.agent.membership.dial()
+    client = liar.agent.held.membership.dial()
     post = client.post
     monkeypatch.setattr(client, "post", lambda signed: post(altered(liar, signed, pb.ModelReport, model_mac=b"m" * 32)))
     hospitals.until(lambda: "report" in liar.did, liar)
@@ -172,7 +172,7 @@ def test_a_report_that_another_silo_signed_is_nobodys(hospitals: Hospitals) -> N
     offer.sums[0].reports.append(forged)
     with pytest.raises(IdentityError, match="the model-report of charite is not signed by the identity key"):
         silo.obey(offer)
-    assert silo.model_round(run) == 0 and silo.agent.keyring.holds(run, 1)
+    assert silo.model_round(run) == 0 and silo.agent.held.keyring.holds(run, 1)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1 << 40])
@@ -185,4 +185,4 @@ def test_a_sum_or_checkpoint_of_another_size_is_not_fetched(hospitals: Hospitals
     offer.sums[0].num_bytes = num_bytes
     with pytest.raises(IntegrityError, match=f"offers {num_bytes} bytes of round 1, not [0-9]+: nothing is fetched"):
         silo.obey(offer)
-    assert silo.agent.keyring.holds(run, 1)  # and it says nothing about the keys
+    assert silo.agent.held.keyring.holds(run, 1)  # and it says nothing about the keys

@@ -29,7 +29,7 @@ def released(hospitals: Hospitals) -> tuple[str, bytes, bytes]:
     silo = hospitals.all[0]
     hospitals.until(lambda: all(silo.stance(run) == "closed" for silo in hospitals.all))
     row = silo.state.model(run, OPEN.rounds + 1)
-    arrays = GlobalModel.load(silo.agent.spool.get(row["state"]), LAYOUT).parameters
+    arrays = GlobalModel.load(silo.agent.held.spool.get(row["state"]), LAYOUT).parameters
     return run, pb.Bundle.FromString(bundle.body).parameters_digest, arrays
 
 
@@ -40,7 +40,7 @@ def warm(digest: bytes, plan: Plan = PLAN, **top: Any) -> Plan:
 
 def start(silo: Silo, run: str) -> bytes:
     row = silo.state.model(run, 0)
-    return GlobalModel.load(silo.agent.spool.get(row["state"]), LAYOUT).parameters
+    return GlobalModel.load(silo.agent.held.spool.get(row["state"]), LAYOUT).parameters
 
 
 def refusal(hospitals: Hospitals, plan: Plan, lie: Any) -> str:
@@ -80,7 +80,7 @@ def test_every_silo_starts_from_the_signed_bytes_also_one_that_was_not_there(wil
 def test_a_bundle_whose_arrays_are_not_the_signed_ones_starts_nothing(willing: Hospitals) -> None:
     _, digest, arrays = released(willing)
     content = safetensors_header(LAYOUT) + bytes(len(arrays)) + b"model.pt"
-    willing.all[0].agent._fetch_bundle = lambda _closing: content
+    willing.all[0].agent.held.fetch_bundle = lambda _closing: content
     said = refusal(willing, warm(digest), lambda _parent: None)
     assert "the arrays of the bundle are not those that the silos reported and signed" in said
 
@@ -128,7 +128,7 @@ def test_a_bundle_larger_than_any_is_not_fetched(willing: Hospitals) -> None:
     def bomb(parent: pb.Parent) -> None:
         parent.closing.num_bytes = 1 << 40
 
-    willing.all[0].agent._fetch_bundle = lambda _closing: pytest.fail("it was fetched")
+    willing.all[0].agent.held.fetch_bundle = lambda _closing: pytest.fail("it was fetched")
     assert "nothing is fetched" in refusal(willing, warm(digest), bomb)
 
 
@@ -147,7 +147,7 @@ def test_a_killed_silo_starts_from_the_same_bytes(willing: Hospitals) -> None:
     _, digest, arrays = released(willing)
     run = willing.start(warm(digest))
     silo = willing.all[0]
-    keep, deaths = silo.agent._keep_model, []
+    keep, deaths = silo.agent.held.keep_model, []
 
     def dies(*arguments: Any, **more: Any) -> None:
         if not deaths:
@@ -155,7 +155,7 @@ def test_a_killed_silo_starts_from_the_same_bytes(willing: Hospitals) -> None:
             raise MessageError("killed")
         keep(*arguments, **more)
 
-    silo.agent._keep_model = dies
+    silo.agent.held.keep_model = dies
     with pytest.raises(MessageError, match="killed"):
         willing.until(lambda: silo.model_round(run) == 0, silo)
     willing.until(lambda: silo.model_round(run) == 0, silo)

@@ -15,6 +15,12 @@ from silo_agent.launch.job import load_template
 from tests.charts.conftest import CHARTS, HOSPITAL, JOB, SETS, Object, Render, pods
 from wardround.errors import SettingsError
 
+SKIN = {
+    "source": {"existingClaim": "dermoscopy"},
+    "labels": {"csv": "labels.csv", "column": "pair", "values": {"different": "nonSimilar", "similar": "Similar"}},
+    "declaredPatients": 46,
+}
+
 
 def settings_files(objects: list[Object], folder: Path) -> Path:
     data = next(item for item in objects if item["kind"] == "ConfigMap")["data"]
@@ -104,11 +110,19 @@ def test_only_job_mode_has_a_kubernetes_token_and_rights(render: Render) -> None
         ),
         ({"network": {"proxy": {"url": "https://proxy:3128"}}}, "url"),
         ({"datasets": {"b": {"source": {"path": "x"}, "labels": {"segments": {}}, "declaredPatients": 1}}}, "source"),
+        ({"datasets": {"b": SKIN | {"labels": SKIN["labels"] | {"segments": {"grey": "G"}}}}}, "labels"),
+        ({"datasets": {"b": SKIN | {"labels": {"csv": "labels.csv", "values": {"mole": "x"}}}}}, "labels"),
     ],
 )
 def test_values_that_cannot_work_are_refused(helm: Callable[..., Any], values: dict[str, Any], told: str) -> None:
     done = helm("template", "r", str(CHARTS / "silo-agent"), "--namespace", "wardround", values=values)
     assert done.returncode != 0 and told in done.stderr
+
+
+def test_labels_in_a_csv_reach_the_program(render: Render, tmp_path: Path) -> None:
+    folder = settings_files(render("silo-agent", HOSPITAL | {"datasets": {"skin": SKIN}}), tmp_path)
+    labels = load_settings(folder / "silo-agent.yaml").dataset("skin").labels
+    assert (labels.csv, labels.column, labels.values) == tuple(SKIN["labels"].values())
 
 
 def test_the_policy_of_the_values_is_the_policy_of_the_program(render: Render, tmp_path: Path) -> None:

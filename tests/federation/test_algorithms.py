@@ -131,7 +131,7 @@ def hospitals(tmp_path: Path) -> Iterator[Hospitals]:
 def employ(silo: Silo, script: Script) -> None:
     """An agent on the silo's state, as after a start of the program, with this trainer."""
     helpers = cast(dict[str, Helper], {"trainer": script, "ingest": script})
-    silo.agent.membership.hang_up()
+    silo.agent.held.membership.hang_up()
     silo.agent = Agent(silo.settings, load_policy(silo.settings.policy), silo.keys, silo.state, cast(Desk, script), helpers, None)
 
 
@@ -167,7 +167,7 @@ def test_the_encrypted_sum_takes_the_steps_of_the_paper(hospitals: Hospitals, na
     run = finish(hospitals, plan)
     states = {silo.state.model(run, ROUNDS)["state"] for silo in hospitals.all}
     assert len(states) == 1, "every bit of the state, moments too, is the same at all silos"
-    model = hospitals.all[0].agent._model(hospitals.all[0].agent._run(run), ROUNDS)
+    model = hospitals.all[0].agent.held.model(hospitals.all[0].agent.held.run(run), ROUNDS)
     assert np.abs(model.theta - reference()).max() < 1e-3 < 5e-3 < np.abs(reference() - fedavg()).max()
     corrections = [len(work.correction) for silo in hospitals.all for work in cast(Puller, silo.agent.desk).works]
     assert set(corrections) == ({0, 4 * SIZE} if name == "scaffold" else {0})
@@ -188,7 +188,7 @@ def test_a_head_at_home_is_each_hospitals_own(hospitals: Hospitals) -> None:
     head = SIZE - layout_of(plan).num_parameters
     assert head > 0 and len({silo.state.model(run, 2)["state"] for silo in hospitals.all}) == 1
     for number, silo in enumerate(hospitals.all):
-        layers = silo.agent._home(silo.agent._run(run), 3).layers
+        layers = silo.agent.held.home(silo.agent.held.run(run), 3).layers
         expected = START.astype(np.float64)
         expected = expected + descended(number, expected, 8)  # nobody else moved these
         assert layers.size == head and np.abs(layers - expected[-head:]).max() < 1e-6

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sandbox.dicom import write_hospitals
-from sandbox.federation import Federation, Site, seeded_split_key
+from sandbox.federation import Federation, Site
 from sandbox.processes import Programs, wait_until
 from sandbox.scanner import HOSPITALS
 from tests.federation.harness import rows
@@ -26,8 +26,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     folder = tmp_path_factory.mktemp("private")
     images = write_hospitals(folder / "dicom", HOSPITALS, NUM_PATIENTS, seed=1)
     with Programs() as programs:
-        sites = [Site(h.name, images[h.name], h.labels, NUM_PATIENTS, split_key=seeded_split_key(7, h.name)) for h in HOSPITALS]
-        federation = Federation(folder / "federation", programs, sites)
+        sites = [Site(h.name, images[h.name], h.labels, NUM_PATIENTS) for h in HOSPITALS]
+        federation = Federation(folder / "federation", programs, sites, seed=7)
         federation.set_up()
         yield federation
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sandbox.federation import Federation, Site, seeded_split_key
+from sandbox.federation import Federation, Site
 from sandbox.processes import Programs, call, tool, wait_until
 from sandbox.scanner import HOSPITALS
 from tests.federation.harness import records, rows
@@ -25,8 +25,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     """Of hospitals with a name for a dataset and nothing behind it."""
     folder = tmp_path_factory.mktemp("rehearsal")
     with Programs() as programs:
-        sites = [Site(h.name, folder / "nowhere" / h.name, h.labels, 12, split_key=seeded_split_key(7, h.name)) for h in HOSPITALS]
-        federation = Federation(folder / "federation", programs, sites)
+        sites = [Site(h.name, folder / "nowhere" / h.name, h.labels, 12) for h in HOSPITALS]
+        federation = Federation(folder / "federation", programs, sites, seed=7)
         federation.set_up()
         (federation.root / "plan.yaml").write_bytes(PLAN.canonical())
         yield federation

@@ -21,7 +21,7 @@ from sandbox.demo import PLAN
 from sandbox.federation import FEDERATION
 from sandbox.processes import call, tool
 from sandbox.tasks import TASKS, Task
-from silo_agent.agent import SEEDED_NOTE
+from silo_agent.actions import SEEDED_NOTE
 from wardround.plan import UNMASKED, Plan, load_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -15,7 +15,7 @@ from sandbox.headers import Uids, invent_person, invent_visit
 from sandbox.photographs import COMMENT, MIN_JUDGED, STATEMENT, deal, split_keys, write_clinic, write_clinics
 from sandbox.skin import Pair, load_pairs
 from sandbox.tasks import TASKS
-from silo_agent.agent import MIN_VALIDATION_PATIENTS
+from silo_agent.actions import MIN_VALIDATION_PATIENTS
 from silo_agent.imaging.deidentify import split_of
 from silo_agent.imaging.ingest import handle
 from silo_agent.snapshot import read_snapshot

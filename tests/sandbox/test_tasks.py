@@ -16,8 +16,7 @@ def test_a_task_fits_its_plan(name: str) -> None:
     assert task.headline == headline(plan.task) and task.measures[task.headline] == title(task.headline)
     assert set(task.measures) <= set(metric_names(plan))
     assert batch_constant(plan.privacy.sample_rate, task.declared_patients) >= 1
-    assert task.labels.keys() == task.split_keys(1).keys() and len(task.labels) == plan.aggregation.min_silos
+    assert len(task.labels) == plan.aggregation.min_silos and task.split_keys(1).keys() <= task.labels.keys()
     for labels in task.labels.values():
         settings = {"source": "/images", "labels": labels, "declared_patients": task.declared_patients, "note": task.note}
         Dataset.model_validate(settings).check_labels(plan)
-    assert task.split_keys(1) == task.split_keys(1) != task.split_keys(2)

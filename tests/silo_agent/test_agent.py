@@ -300,7 +300,11 @@ def halted(world: World, lie: pb.Offer) -> pb.Halt:
     sent = world.client.sent
     world.start()
     assert [world.due(offer) for offer in offers] == ["settled"] * 4
-    for action in (world.agent._apply, world.agent._encode, world.agent._open_event):  # even if the table let it
+    for action in (
+        world.agent.actions.apply,
+        world.agent.actions.encode,
+        world.agent.actions.open_event,
+    ):  # even if the table let it
         with pytest.raises(IntegrityError, match=f"keys of key epoch {number} are destroyed: nothing can be summed under it"):
             action(honest)
     assert world.client.sent == sent and world.posted.count("halt") == 1
@@ -359,7 +363,7 @@ def test_a_halt_that_got_no_answer_is_sent_again_as_it_was(world: World, monkeyp
     lie = world.published(add=doubled)
     world.steps(lie, "apply")
     with monkeypatch.context() as killed:
-        killed.setattr(world.agent, "_close", lambda offer: None)  # killed between the answer and its note
+        killed.setattr(world.agent.actions, "close", lambda offer: None)  # killed between the answer and its note
         world.steps(lie, "halt")
     world.start()
     world.steps(lie, "halt")
@@ -374,6 +378,14 @@ def test_a_run_that_failed_meanwhile_closes_without_a_halt(world: World) -> None
     world.steps(lie, "apply")
     world.steps(pb.Offer(phase=pb.FAILED, run=RUN), "halted")
     assert "halt" not in world.posted and world.due(lie) == "settled"
+
+
+def test_its_it_reads_why_a_run_ended_elsewhere(world: World) -> None:
+    """In the aggregator's words, which do nothing to a terminal."""
+    world.joined()
+    world.steps(pb.Offer(phase=pb.FAILED, run=RUN, message="tiny-1 has failed: leuven halted\n\x1b[31mthe run"), "halted")
+    (row,) = world.state.runs()
+    assert row["reason"] == "tiny-1 has failed: leuven halted;  [31mthe run"
 
 
 def test_a_silo_that_reports_another_model_halts_this_one(world: World) -> None:
@@ -394,7 +406,7 @@ def head(seq: int, fill: bytes = b"h", key: Any = support.AGGREGATOR) -> pb.Audi
 
 
 def test_a_chain_that_went_back_or_was_rewritten_is_noticed(world: World) -> None:
-    attend = world.agent.membership._keep_head
+    attend = world.agent.held.membership._keep_head
     attend(head(5))
     attend(head(5))
     attend(head(9, b"i"))
@@ -407,7 +419,7 @@ def test_a_chain_that_went_back_or_was_rewritten_is_noticed(world: World) -> Non
 
 def test_a_head_that_the_pinned_key_did_not_sign_is_not_kept(world: World) -> None:
     with pytest.raises(IntegrityError, match="not signed by the audit key"):
-        world.agent.membership._keep_head(head(5, key=ed25519(9)))
+        world.agent.held.membership._keep_head(head(5, key=ed25519(9)))
     assert world.state.last_head() is None
 
 

@@ -54,7 +54,7 @@ def test_the_first_keys_are_sealed_to_every_member_of_the_roster(world: World) -
     world.steps(world.keying(1, 1), "evaluate", "make keys")
     body, (one, other) = made(world, world.client.posted[-1])
     assert one == other and len(one.he_secret_key) == HE.polynomial_bytes
-    assert one == world.agent.keyring.keys(run_of(world), 1) and body.commitment == one.commitment
+    assert one == world.agent.held.keyring.keys(run_of(world), 1) and body.commitment == one.commitment
     assert [box.silo for box in body.boxes] == SILOS
     assert (body.run, body.number, body.first_round, body.roster_version) == (RUN, 1, 1, 1)
     assert (body.checkpoint_bytes, body.checkpoint_digest) == (0, b"")  # everyone can rebuild the initial model
@@ -64,7 +64,7 @@ def test_the_first_keys_are_sealed_to_every_member_of_the_roster(world: World) -
 
 def test_later_keys_bring_the_model_along_and_keep_the_digest_key(world: World) -> None:
     world.steps(world.keying(1, 1), "evaluate", "make keys")
-    first = world.epochs[1] = world.agent.keyring.keys(run_of(world), 1)
+    first = world.epochs[1] = world.agent.held.keyring.keys(run_of(world), 1)
     world.steps(world.open(), "open event", "train", "encode", "upload")
     world.steps(world.published(), "apply", "evaluate", "report")
     world.steps(world.keying(2, 2), "make keys")
@@ -75,7 +75,7 @@ def test_later_keys_bring_the_model_along_and_keep_the_digest_key(world: World) 
     assert (body.checkpoint_digest, body.checkpoint_bytes) == (sha256(content), len(content))
     assert len(content) == checkpoint_bytes(LAYOUT) and body.first_round == 2
     model, exponents = read_checkpoint(content, Reported(1, row["mac"], bounds_digest(exponents_of(row))), LAYOUT, keys)
-    assert model.dump() == world.agent._model(run_of(world), 1).dump() and exponents == exponents_of(row)
+    assert model.dump() == world.agent.held.model(run_of(world), 1).dump() and exponents == exponents_of(row)
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["first", "with a checkpoint"])
@@ -90,10 +90,10 @@ def test_after_a_kill_the_same_bytes_are_sent_again(world: World, monkeypatch: p
     with monkeypatch.context() as killed:
         killed.setattr(world.state, "keys_told", lambda run, number: None)  # no answer came
         world.steps(offer, "make keys")
-    keys = world.agent.keyring.keys(run_of(world), number)
+    keys = world.agent.held.keyring.keys(run_of(world), number)
     world.start()
     world.steps(offer, "make keys")
-    assert world.agent.keyring.keys(run_of(world), number) == keys
+    assert world.agent.held.keyring.keys(run_of(world), number) == keys
     if later:
         assert world.client.headers[-2] == world.client.headers[-1] and world.client.uploads[-2] == world.client.uploads[-1]
     else:
@@ -124,7 +124,7 @@ def test_keys_are_taken_and_acknowledged(world: World) -> None:
     world.steps(world.waiting(world.key_epoch()), "take keys")
     ack = world.last(pb.EpochAck, world.epoch_ctx(world.epoch(1)))
     assert (ack.number, ack.commitment) == (1, world.epochs[1].commitment)
-    assert world.agent.keyring.keys(run_of(world), 1) == world.epochs[1]
+    assert world.agent.held.keyring.keys(run_of(world), 1) == world.epochs[1]
     assert world.due(world.waiting(world.key_epoch())) == "evaluate"
 
 
@@ -148,7 +148,7 @@ def refused(world: World, statement: pb.Signed, kind: type[WardroundError], matc
     """Nothing is kept and nothing acknowledged."""
     before, sent = world.state.epoch(RUN), world.client.sent
     with pytest.raises(kind, match=match):
-        world.agent.keyring.take(run_of(world), statement, acknowledge=True)
+        world.agent.held.keyring.take(run_of(world), statement, acknowledge=True)
     after = world.state.epoch(RUN)
     assert (before and tuple(before)) == (after and tuple(after)) and world.client.sent == sent
 
@@ -241,7 +241,7 @@ def test_keys_of_an_older_epoch_still_read_the_sums_made_under_it(world: World) 
     offer = world.published()
     offer.relayed.append(world.key_epoch(2, first_round=2))
     world.steps(offer, "take keys", "apply")
-    assert not world.agent.keyring.holds(RUN, 1) and world.agent.keyring.holds(RUN, 2)
+    assert not world.agent.held.keyring.holds(RUN, 1) and world.agent.held.keyring.holds(RUN, 2)
 
 
 # --- attempts that its keys do not serve ------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_a_sum_under_an_old_key_epoch_is_not_even_fetched(world: World) -> None:
     old = pb.Offer(phase=pb.EVALUATING, run=RUN, sums=[pb.Sum(facts=world.facts(key_epoch=1))])
     assert world.due(old) == "nothing to do"
     with pytest.raises(IntegrityError, match="keys of key epoch 1 are destroyed"):
-        world.agent._apply(old)
+        world.agent.actions.apply(old)
     assert world.client.fetched == 0
 
 
@@ -355,7 +355,7 @@ def test_a_late_silo_takes_the_keys_and_restores_the_model_to_the_bit(world: Wor
     offer = late.offer()
     world.steps(offer, "take keys", "restore", "evaluate")
     row = world.state.model(RUN, 1)
-    assert world.agent._model(run_of(world), 1).dump() == late.model.dump()
+    assert world.agent.held.model(run_of(world), 1).dump() == late.model.dump()
     assert (row["mac"], exponents_of(row), row["reported"]) == (late.mac, late.exponents, 1)
     assert world.due(offer) == "nothing to do" and world.posted == ["join", "epoch-ack"]
     world.steps(world.open(round_=2), "open event", "train", "encode", "upload")  # it stands where the others stand

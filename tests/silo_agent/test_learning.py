@@ -78,11 +78,11 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def model(world: World, round_: int) -> Any:
-    return world.agent._model(world.agent._run(RUN), round_)
+    return world.agent.held.model(world.agent.held.run(RUN), round_)
 
 
 def home(world: World, after_round: int) -> Any:
-    return world.agent._home(world.agent._run(RUN), after_round + 1)
+    return world.agent.held.home(world.agent.held.run(RUN), after_round + 1)
 
 
 def test_three_rounds_of_scaffold_with_norms_at_home(world: World) -> None:
@@ -209,7 +209,7 @@ def test_a_death_after_any_durable_write_changes_no_bit(tmp_path: Path, deaths: 
         deaths.writes, deaths.at = 0, at
         go(world, deaths)
         assert left(world) == expected, f"after write {at} of {total}"
-        assert world.state.needed(RUN) <= {file.name for file in world.agent.spool._folder.iterdir()}
+        assert world.state.needed(RUN) <= {file.name for file in world.agent.held.spool._folder.iterdir()}
         world.state.close()
 
 
@@ -223,18 +223,18 @@ def test_another_state_at_home_is_another_event_of_the_ledger(tmp_path: Path, mo
     value["privacy"] = {"unit": "patient", "epsilon": 8.0, "delta": 1e-5, "max_grad_norm": 1.0, "sample_rate": 0.5}
     world, seen = world_of(tmp_path, parse_plan(canonical_json(value))), []
     world.joined()
-    monkeypatch.setattr(world.agent.budget, "open_event", lambda run, round_, mac: seen.append(mac))
+    monkeypatch.setattr(world.agent.held.budget, "open_event", lambda run, round_, mac: seen.append(mac))
     for _ in range(2):
-        world.agent._budgeted(world.agent._run(RUN), 1)
+        world.agent.held.budgeted(world.agent.held.run(RUN), 1)
     world.state.keep_home(RUN, 0, "0" * 64)
-    world.agent._budgeted(world.agent._run(RUN), 1)
+    world.agent.held.budgeted(world.agent.held.run(RUN), 1)
     assert seen[0] == seen[1] != seen[2]
     world.state.close()
 
 
 def test_what_stays_at_home_of_another_size_is_refused(world: World) -> None:
     world.joined()
-    world.state.keep_home(RUN, 0, world.agent.spool.put(b"1234"))
+    world.state.keep_home(RUN, 0, world.agent.held.spool.put(b"1234"))
     with pytest.raises(IntegrityError, match="has another size than the 4 bytes in the spool"):
         home(world, 0)
 
@@ -265,7 +265,7 @@ def test_an_upload_holds_nothing_that_stays_at_home(world: World) -> None:
     world.upload()
     head, fields = opened(world, SCAFFOLD)
     summed, trained = layout_of(SCAFFOLD).summed, trained_layout(SCAFFOLD)
-    assert not head[world.agent._run(RUN).control(1).used :].any()
+    assert not head[world.agent.held.run(RUN).control(1).used :].any()
     steps = np.repeat([2.0**bound for bound in bounds], [array.size for array in summed.arrays]) / HE.zero_code
     norms = np.repeat([array.norm for array in trained.arrays], [array.size for array in trained.arrays])
     update = np.frombuffer(given_back(world.helpers.trained[-1]), "<f4")[~norms]
@@ -283,7 +283,7 @@ def test_a_number_of_steps_is_in_the_sum_and_nowhere_else(tmp_path: Path) -> Non
     world.joined()
     world.upload()
     head, _ = opened(world, of)
-    (scalar,) = head[world.agent._run(RUN).control(1).scalars]
+    (scalar,) = head[world.agent.held.run(RUN).control(1).scalars]
     assert int(scalar) == round(12 / 20 / MAX_SCALAR * HE.max_control)
     header = pb.UploadHeader.FromString(world.client.headers[-1].body)
     assert header.declared_patients == 20 and header.content_bytes == HE.upload_bytes(layout_of(of))

@@ -83,6 +83,18 @@ def test_show_for_people(used: Hospital, typed: Typed) -> None:
     assert bar.count(".") == 28 and "[#+." in bar  # a little is never shown as nothing
 
 
+def test_a_cap_below_what_any_event_costs_has_no_shares(used: Hospital, typed: Typed) -> None:
+    """JSON has no infinity."""
+    with used.state.ledger() as ledger:
+        ledger.set_cap(0.01, 1e-5, 5)
+    facts = json.loads(typed("show", "--json")[1], parse_constant=pytest.fail)
+    assert (facts["spent"], facts["reserved"], facts["left"]) == (None, None, 0.0)
+    assert "over the cap, which was lowered so far that no event fits it" in typed("show")[1]
+    with used.state.ledger() as ledger:
+        ledger.release("tiny-1", 6)
+    assert json.loads(typed("show", "--json")[1])["reserved"] == 0.0
+
+
 def test_show_reads_beside_an_agent_that_writes(used: Hospital, typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     def busy(events: object, delta: float) -> float:
         used.state.set_activity("training", "")  # waits for the lock if `show` held it

@@ -33,6 +33,24 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
         snapshot.image(KEYS[0])[0] = 0
 
 
+def test_a_snapshot_of_a_segmentation_is_named_as_ever(tmp_path: Path) -> None:
+    assert write(tmp_path).name == "290bbd14d9f0697af8f4385522f1bdaba1e7f5e27fb3aedf52463163862cd821"
+
+
+def test_a_label_of_a_classification_is_one_class(tmp_path: Path) -> None:
+    with SnapshotWriter(tmp_path, "classification") as writer:
+        with pytest.raises(ValueError, match="task classification has another shape"):
+            writer.add(KEYS[0], "a" * 32, "train", IMAGE, LABEL)
+        writer.add(KEYS[0], "a" * 32, "train", IMAGE, np.array([1], np.uint8))
+        writer.add(KEYS[1], "b" * 32, "test", IMAGE[:, :, :3], np.array([0], np.uint8))
+        folder = tmp_path / writer.finish("pairs", ("different", "similar"), None)
+    snapshot = read_snapshot(folder)
+    assert (snapshot.task, snapshot.spacing_mm) == ("classification", None)
+    assert [snapshot.label(key).tolist() for key in KEYS] == [[1], [0]]
+    assert np.array_equal(snapshot.image(KEYS[1]), IMAGE[:, :, :3])
+    assert load_file(folder / VOLUMES)[f"label/{KEYS[0]}"].shape == (1,)
+
+
 def test_the_volumes_are_a_safetensors_file(tmp_path: Path) -> None:
     arrays = load_file(write(tmp_path) / VOLUMES)
     assert sorted(arrays) == sorted(f"{kind}/{key}" for kind in ("image", "label") for key in KEYS)

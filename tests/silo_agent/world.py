@@ -114,7 +114,7 @@ class World:
             cast(dict[str, Helper], {"trainer": self.helpers, "ingest": self.helpers}),
             self.seed,
         )
-        self.agent.membership._client = cast(Client, self.client)
+        self.agent.held.membership._client = cast(Client, self.client)
 
     # --- turns of the loop -----------------------------------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ class World:
             return next(content for content in self.client.uploads if sha256(content) == digest)
         if (silo, facts.ctx) not in self._contents:
             keys, exponents = self.epochs[facts.key_epoch], exponents_of(self.state.model(RUN, facts.round - 1))
-            layout, scalars = self.layout.summed, self.agent._run(RUN).learning.algorithm.num_scalars
+            layout, scalars = self.layout.summed, self.agent.held.run(RUN).learning.algorithm.num_scalars
             control = ControlMap(len(layout.arrays), metric_names(PLAN), scalars)
             encoded = encode(np.resize(UPDATE, layout.num_parameters), layout, exponents, 1.0, silo.ljust(32).encode(), HE)
             chunk = control_chunk(control, silo, 20, encoded, None, facts.ctx, keys.secret, HE, [1.0] * scalars)

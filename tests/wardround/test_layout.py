@@ -9,7 +9,7 @@ import torch
 from silo_agent.training.networks import build_network
 from tests.training.support import plan
 from wardround.layout import Array, Layout, at_home, checkpoint_bytes, layout_of, network_layout, trained_layout
-from wardround.networks import BasicUNet, DenseNet121, Model, ResNet18, SegResNet, UNet
+from wardround.networks import BasicUNet, DenseNet121, Model, RandomFeatures, ResNet18, SegResNet, UNet
 
 NETWORKS = [
     UNet(network="UNet", channels=(8, 8, 16, 16), strides=(1, 2, 2)),
@@ -22,6 +22,7 @@ NETWORKS = [
     ResNet18(network="ResNet18"),
     DenseNet121(network="DenseNet121"),
 ]
+RANDOM = RandomFeatures(network="RandomFeatures", features=48, kernel=5, seed=7)
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
@@ -32,6 +33,14 @@ def test_is_monais_state_dict(model: Model, spatial_dims: int) -> None:
     expected = tuple(Array(name, tuple(values.shape)) for name, values in network.state_dict().items())
     assert network_layout(model, spatial_dims, num_classes=3).arrays == expected
     assert [name for name, _ in network.named_parameters()] == [array.name for array in expected], "a buffer would be lost"
+
+
+@pytest.mark.parametrize("model", [*NETWORKS, RANDOM], ids=lambda m: f"{m.network}-{len(getattr(m, 'channels', ()))}")
+def test_is_monais_state_dict_of_two_photographs(model: Model) -> None:
+    with torch.device("meta"):
+        network = build_network(model, 2, num_classes=3, channels=6)
+    expected = tuple(Array(name, tuple(values.shape)) for name, values in network.state_dict().items())
+    assert network_layout(model, 2, num_classes=3, channels=6).arrays == expected
 
 
 def test_the_plan_decides_dimensions_and_classes() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.photographs import pairs
 from tests.support.plans import private, tiny
 from wardround.bundle import privacy_sentence
 from wardround.canonical import canonical_json, digest_name
@@ -77,6 +78,14 @@ def test_the_same_arrays_in_another_network_are_refused_by_the_key() -> None:
         PlanError, match=r"tiny-1 released such arrays of another network: its plan says model.strides: \[2\], this"
     ):
         check_parent(warm(model=other), PARENT, "tiny-1")
+
+
+def test_filters_of_another_seed_are_another_network() -> None:
+    """No array shows it: they are in no file."""
+    model = {"network": "RandomFeatures", "features": 8, "kernel": 3, "seed": 8}
+    assert layout_of(pairs(model=model)) == layout_of(pairs())
+    with pytest.raises(PlanError, match=r"its plan says model.seed: 7, this one 8"):
+        check_parent(pairs(model=model), pairs(), "pairs-1")
 
 
 def test_another_algorithm_or_name_may_go_on_from_a_model() -> None:
