@@ -31,21 +31,21 @@ HOSPITALS = {"st-marys", "charite", "leuven"}
 
 @dataclass(frozen=True)
 class Floors:
-    """What three seeds held, and some."""
+    """Under what three seeds gave."""
 
     over_local: float  # what the mean over the hospitals is above a hospital's own model, everywhere
     of_pooled: float
     of_without_privacy: float
     worst: float  # of any hospital
-    upload_bytes_per_parameter: tuple[float, float]
 
 
 FLOORS = {
-    "segmentation": Floors(over_local=0.15, of_pooled=0.95, of_without_privacy=0.95, worst=0.78, upload_bytes_per_parameter=(4, 8)),
-    "classification": Floors(
-        over_local=-0.02, of_pooled=0.95, of_without_privacy=0.95, worst=0.85, upload_bytes_per_parameter=(4, 1000)
-    ),
+    ("segmentation", "dice"): Floors(over_local=0.15, of_pooled=0.95, of_without_privacy=0.95, worst=0.78),
+    # 10 to 14 lesions test: 0.876 was the worst AUC seen, and -0.005 the least over a hospital's own model
+    ("classification", "auc"): Floors(over_local=-0.03, of_pooled=0.95, of_without_privacy=0.95, worst=0.80),
+    ("classification", "balanced_accuracy"): Floors(over_local=0.0, of_pooled=0.92, of_without_privacy=0.92, worst=0.72),
 }
+UPLOAD_BYTES_PER_PARAMETER = {"segmentation": (4, 8), "classification": (500, 700)}  # of one chunk and one of control: 98 numbers
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,16 @@ def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_the_federation_beats_a_hospital_alone_and_comes_close_to_pooling(told: Told) -> None:
-    metric, silos, floors = told.value["metric"], told.value["silos"], FLOORS[told.name]
-    assert metric["federated"] >= metric["local_mean"] + floors.over_local
-    assert metric["federated"] >= floors.of_pooled * metric["pooled"]
-    assert metric["federated"] >= floors.of_without_privacy * metric["without_privacy"]
-    assert silos[metric["worst_silo"]]["federated"] == min(silo["federated"] for silo in silos.values()) >= floors.worst
+    """By AUC it comes as close to a hospital alone, everywhere, as few lesions can tell: what it beats there is the threshold."""
+    for measure in told.task.measures:
+        figures = told.value if measure == told.task.headline else told.value[measure]
+        metric, silos, floors = figures["metric"], figures["silos"], FLOORS[told.name, measure]
+        assert metric["federated"] >= metric["local_mean"] + floors.over_local
+        assert metric["federated"] >= floors.of_pooled * metric["pooled"]
+        assert metric["federated"] >= floors.of_without_privacy * metric["without_privacy"]
+        assert silos[metric["worst_silo"]]["federated"] == min(silo["federated"] for silo in silos.values()) >= floors.worst
+        if told.name == "classification":
+            assert metric["federated"] >= metric["start"] + 0.3
 
 
 def test_what_it_cost_is_what_every_hospitals_ledger_says(told: Told) -> None:
@@ -110,7 +115,7 @@ def test_the_result_has_what_others_read(told: Told) -> None:
     assert value["rounds_completed"] == told.plan.rounds and value["audit_verified"] is True
     assert value["silos"].keys() == HOSPITALS and value["metric"]["worst_silo"] in HOSPITALS
     assert 0 < value["peak_memory_bytes"] <= 4e9
-    least, most = FLOORS[told.name].upload_bytes_per_parameter
+    least, most = UPLOAD_BYTES_PER_PARAMETER[told.name]
     assert least <= value["upload_bytes_per_parameter"] <= most
     for sentence in (told.task.note, *told.task.caveats, UNMASKED, "make mlflow"):
         assert sentence in screen
