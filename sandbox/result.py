@@ -105,7 +105,7 @@ def show(console: Console, task: Task, plan: Plan, value: Mapping[str, Any]) -> 
     home = _at_home(value["silos"])
     say = partial(console.print, soft_wrap=True)
     counts = [f"{silo['test_patients']} at {name}" for name, silo in value["silos"].items()]
-    say(f"test patients, as each hospital's own key draws them: {', '.join(counts)}")
+    say(f"test patients: {', '.join(counts)}")
     say(guarantee(task, plan, value))
     say(
         f"federated is {metric['federated'] / metric['without_privacy']:.3f} of the same federation without privacy, "
