@@ -1,12 +1,14 @@
 # Two commands are enough: make demo, make test. Both set up everything first (scripts/setup), which takes no time when nothing changed.
 .DEFAULT_GOAL := help
 SEED ?= 1
+TASK ?= segmentation
 .PHONY: help setup demo mlflow federation demo-result demo-clean test test-cluster test-browser pictures check lint lock
 
 help:
 	@echo "Wardround: train one medical imaging model across hospitals; the data stays, the model goes round."
 	@echo
-	@echo "  make demo         three hospitals, an aggregator and MLflow on this machine; ends with one table (SEED=1)"
+	@echo "  make demo         three hospitals, an aggregator and MLflow on this machine; ends with one table (SEED=1 TASK=segmentation)"
+	@echo "                    TASK=classification: pairs of skin patches, similar or not, in place of brain tissue"
 	@echo "  make mlflow       open MLflow over the newest demo: rounds, curves, lineage"
 	@echo "  make federation   the newest demo's hospitals, aggregator and MLflow up again, to submit a plan of your own"
 	@echo "  make demo-result  result.json of the newest demo; with -s nothing else is printed, for programs"
@@ -25,7 +27,7 @@ setup:
 	@scripts/setup
 
 demo: setup
-	@.venv/bin/python -m sandbox --seed $(SEED)
+	@.venv/bin/python -m sandbox --seed $(SEED) --task $(TASK)
 
 mlflow: setup
 	@.venv/bin/python -m sandbox mlflow

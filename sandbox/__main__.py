@@ -13,9 +13,10 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from sandbox.demo import demo
+from sandbox.demo import PLAN, demo
 from sandbox.mlflow_server import start_mlflow, stop_mlflow, wait_for_mlflow
 from sandbox.processes import Programs, tool
+from sandbox.tasks import TASKS
 from wardround.errors import WardroundError
 
 ROOT = Path("demo")
@@ -30,12 +31,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sandbox", description=__doc__)
     parser.add_argument("what", nargs="?", choices=WHATS, default="demo", help="; ".join(f"{w}: {t}" for w, t in WHATS.items()))
     parser.add_argument("--seed", type=int, default=1, help="draws patients and who of them validates and tests (default 1)")
+    parser.add_argument("--task", choices=TASKS, default="segmentation", help="what the demo is about (default segmentation)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with _alone(ROOT.resolve()):
             if options.what == "demo":
-                demo(ROOT.resolve(), options.seed)
+                demo(TASKS[options.task], ROOT.resolve(), options.seed)
             else:
                 serve(ROOT.resolve(), hospitals=options.what == "federation")
     except WardroundError as error:
@@ -80,7 +82,7 @@ def serve(root: Path, hospitals: bool) -> None:
                 flush=True,
             )
             if hospitals:
-                print("a run of your own, typed elsewhere: copy configs/plans/brain-tissue.yaml, change it, then")
+                print(f"a run of your own, typed elsewhere: copy {ROOT / PLAN}, which ran last, change it, then")
                 print(f"  .venv/bin/aggregator --config {ROOT}/federation/aggregator.yaml plan submit PLAN", flush=True)
             while mlflow.poll() is None:
                 programs.check()

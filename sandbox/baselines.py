@@ -9,88 +9,107 @@ judge, not by the demo's own, which would hold half a gigabyte of it beside the 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from silo_agent.snapshot import Snapshot, read_snapshot
 from silo_agent.work import TrainerWork
+from wardround.errors import DataError
 from wardround.plan import Plan
+
+if TYPE_CHECKING:
+    from sandbox.tasks import Task  # it brings what writes DICOM, which the processes that train do without
 
 NUM_PROCESSES = 2
 START, FEDERATED, TOGETHER, POOLED = "start", "federated", "without privacy", "pooled"
-# A gradient without a clip needs another rate than the plan's, chosen on validation patients: of all hospitals' together, whether
-# federated or pooled, and of one alone. Pooled at 0.1 is no better, and two orders of batches in three ruin it (0.65, 0.75).
-ALL_RATE, ALONE_RATE = 0.07, 0.05
-Dice = dict[str, float]  # hospital whose test patients were predicted -> their mean Dice over the structures
+Scores = dict[str, float]  # hospital whose test patients were predicted -> one metric over them
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`local`: hospital that trained -> its model's Dice on every hospital's test patients. The others: the same of one model;
-    `start` is the plan's, which no patient has trained."""
+    """By one metric. `local`: hospital that trained -> its model on every hospital's test patients. The others: the same of one
+    model; `start` is the plan's, which no patient has trained."""
 
-    start: Dice
-    federated: Dice
-    without_privacy: Dice
-    pooled: Dice
-    local: dict[str, Dice]
+    start: Scores
+    federated: Scores
+    without_privacy: Scores
+    pooled: Scores
+    local: dict[str, Scores]
 
     @property
     def local_mean(self) -> float:
         """Over the hospitals that trained, each judged on all hospitals' test patients: what a model is worth elsewhere too."""
-        return fmean(mean_dice(dice) for dice in self.local.values())
+        return fmean(mean(scores) for scores in self.local.values())
 
 
-def mean_dice(dice: Dice) -> float:
+def mean(scores: Scores) -> float:
     """Every hospital counts alike."""
-    return fmean(dice.values())
+    return fmean(scores.values())
 
 
-def evaluate_on_test(plan: Plan, parameters: bytes, snapshots: Mapping[str, Path]) -> Dice:
-    """The mean Dice of any model on each hospital's test patients, who never trained nor chose anything."""
+def evaluate_on_test(plan: Plan, parameters: bytes, snapshots: Mapping[str, Path], metrics: Sequence[str]) -> dict[str, Scores]:
+    """Metric -> any model on each hospital's test patients, who never trained nor chose anything. DataError: a hospital's have
+    no such metric, for it needs two classes and they are of one."""
     from silo_agent.training.evaluation import evaluate
     from silo_agent.training.trainer import network_of, prepare_device
 
     device = prepare_device()
     network = network_of(plan, parameters, device)
-    return {
-        name: evaluate(network, plan, read_snapshot(folder), "test", device, distances=False)[0]["dice"]
+    found = {
+        name: evaluate(network, plan, read_snapshot(folder), "test", device, distances=False)[0]
         for name, folder in snapshots.items()
     }
+    for name, measured in found.items():
+        if missing := [metric for metric in metrics if metric not in measured]:
+            raise DataError(f"the test patients that this seed draws at {name} have no {missing[0]}: try another SEED")
+    return {metric: {name: measured[metric] for name, measured in found.items()} for metric in metrics}
 
 
 def compare(
+    task: "Task",
     plan: Plan,
     federated: bytes,
     snapshots: Mapping[str, Path],
-    declared_patients: int,
     seed: int,
     progress: Callable[[str], None] = lambda done: None,
-) -> Comparison:
-    """Judge the `federated` model, train and judge every baseline, two at a time; `progress` hears the name of each that is done.
+) -> dict[str, Comparison]:
+    """By each measure of the task: judge the `federated` model, train and judge every baseline, two at a time; `progress` hears
+    the name of each that is done.
 
     The two that take as long as all local ones together start first.
     """
     owners = {TOGETHER: dict(snapshots), POOLED: dict(snapshots)} | {name: {name: at} for name, at in snapshots.items()}
-    bare = {name: without_privacy(plan, declared_patients, ALONE_RATE if name in snapshots else ALL_RATE) for name in owners}
-    found: dict[str, Dice] = {}
+    bare = {
+        name: without_privacy(plan, task.declared_patients, task.alone_rate if name in snapshots else task.all_rate)
+        for name in owners
+    }
+    tests, metrics = dict(snapshots), tuple(task.measures)
+    found: dict[str, dict[str, Scores]] = {}
     with ProcessPoolExecutor(NUM_PROCESSES, mp_context=get_context("spawn")) as pool:
         beginning = pool.submit(_start, plan)
-        jobs = {pool.submit(evaluate_on_test, plan, federated, dict(snapshots)): FEDERATED}
+        jobs = {pool.submit(evaluate_on_test, plan, federated, tests, metrics): FEDERATED}
         start = beginning.result()
-        jobs[pool.submit(evaluate_on_test, plan, start, dict(snapshots))] = START
-        jobs |= {pool.submit(_baseline, name, bare[name], start, at, dict(snapshots), seed): name for name, at in owners.items()}
+        jobs[pool.submit(evaluate_on_test, plan, start, tests, metrics)] = START
+        jobs |= {
+            pool.submit(_baseline, name, bare[name], start, owned, tests, metrics, seed): name for name, owned in owners.items()
+        }
         for job in as_completed(jobs):
             found[jobs[job]] = job.result()
             progress(jobs[job])
-    local = {name: found[name] for name in snapshots}
-    return Comparison(found[START], found[FEDERATED], without_privacy=found[TOGETHER], pooled=found[POOLED], local=local)
+    return {metric: _by(metric, found, snapshots) for metric in metrics}
+
+
+def _by(metric: str, found: Mapping[str, dict[str, Scores]], hospitals: Iterable[str]) -> Comparison:
+    scores = {name: measured[metric] for name, measured in found.items()}
+    local = {name: scores[name] for name in hospitals}
+    return Comparison(scores[START], scores[FEDERATED], without_privacy=scores[TOGETHER], pooled=scores[POOLED], local=local)
 
 
 def _start(plan: Plan) -> bytes:
@@ -109,13 +128,15 @@ def without_privacy(plan: Plan, declared_patients: int, learning_rate: float) ->
     return plan.model_copy(update={"privacy": None, "training": training})
 
 
-def _baseline(name: str, plan: Plan, start: bytes, owned: dict[str, Path], tests: dict[str, Path], seed: int) -> Dice:
+def _baseline(
+    name: str, plan: Plan, start: bytes, owned: dict[str, Path], tests: dict[str, Path], metrics: Sequence[str], seed: int
+) -> dict[str, Scores]:
     if name == TOGETHER:
         trained = train_together(plan, start, [read_snapshot(folder) for folder in owned.values()], seed)
     else:
         training = plan.training.model_copy(update={"batch_size": plan.training.batch_size * len(owned), "mu": 0.0})
         trained = train_together(plan.model_copy(update={"training": training}), start, [pool_snapshots(owned)], seed)
-    return evaluate_on_test(plan, trained, tests)
+    return evaluate_on_test(plan, trained, tests, metrics)
 
 
 def train_together(plan: Plan, start: bytes, snapshots: Sequence[Snapshot], seed: int) -> bytes:

@@ -37,12 +37,17 @@ PROGRESS = """
 
 @dataclass(frozen=True)
 class Site:
-    """One hospital: where its DICOM lies, what its segments are called, what it declares."""
+    """One hospital: where its DICOM lies, what its labels are called, what it declares, which dataset of a plan that is, and what
+    every reader of a run on it is told. `split_key` draws who of its patients validates and tests, where the
+    federation's seed should not."""
 
     name: str
     source: Path
-    segments: dict[str, str]
+    labels: dict[str, Any]
     declared_patients: int
+    dataset: str = "brain-t1"
+    note: str = SIMULATED
+    split_key: bytes | None = None
 
 
 class Federation:
@@ -115,20 +120,20 @@ class Federation:
             folder.mkdir(parents=True)
             binding = {
                 "source": str(site.source),
-                "labels": {"segments": site.segments},
+                "labels": site.labels,
                 "declared_patients": site.declared_patients,
-                "note": SIMULATED,
+                "note": site.note,
             }
             _write_yaml(folder / "policy.yaml", POLICY)
             _write_yaml(
                 folder / "silo-agent.yaml",
-                {"data": "data", "datasets": {"brain-t1": binding}, "policy": "policy.yaml", "roster_approval": "signed"},
+                {"data": "data", "datasets": {site.dataset: binding}, "policy": "policy.yaml", "roster_approval": "signed"},
             )
 
     def _enroll(self, site: Site) -> None:
         self.at_silo(site.name, "enroll", str(self.root / "letters" / f"wardround-{site.name}.yaml"))
         if self.seed is not None:  # the same patients validate and test each time, so that a figure can be checked
-            secret = hashlib.sha256(f"{self.seed} {site.name}".encode()).digest()
+            secret = site.split_key or seeded_split_key(self.seed, site.name)
             write_secret(self.silo_folder(site.name) / "data" / "keys" / "split.key", secret, replace=True)
 
     # --- running ---------------------------------------------------------------------------------------------------------------
@@ -159,6 +164,10 @@ class Federation:
     def show(self, run: str) -> dict[str, Any]:
         value: dict[str, Any] = json.loads(self.at_aggregator("run", "show", run, "--json"))
         return value
+
+
+def seeded_split_key(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed} {name}".encode()).digest()
 
 
 def free_port() -> int:

@@ -1,6 +1,7 @@
 """The hospitals of the sandbox as scanners: what differs between them is what a federation has to bridge."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,11 @@ class Hospital:
     scanner: Scanner
     segments: tuple[Segment, ...]  # in SegmentNumber order
     binding: tuple[tuple[str, str], ...]
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """`labels` of a dataset in its settings."""
+        return {"segments": dict(self.binding)}
 
 
 HOSPITALS = (

@@ -34,7 +34,7 @@ class Haunted(Federation):
     """`deaths[NAME]` says where a program dies; `until` starts it again, after a look at how it ended."""
 
     def __init__(self, root: Path, programs: Programs, folders: dict[str, Path], mlflow: str | None = None) -> None:
-        sites = [Site(h.name, folders[h.name], dict(h.binding), 16) for h in HOSPITALS]
+        sites = [Site(h.name, folders[h.name], h.labels, 16) for h in HOSPITALS]
         super().__init__(root, programs, sites, mlflow, SEED)
         self.graves = root.parent / "deaths"
         self.deaths = {name: Deaths(self.graves / name) for name in ("aggregator", *NAMES)}

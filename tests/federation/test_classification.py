@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from sandbox.federation import Federation, Site
 from sandbox.processes import Programs, wait_until
@@ -29,32 +28,21 @@ PLAN = pairs(
 )
 
 
-class Clinics(Federation):
-    """Each binds the dataset `pairs` to its own CSV."""
-
-    def _write_settings(self) -> None:
-        super()._write_settings()
-        for site in self.sites:
-            file = self.silo_folder(site.name) / "silo-agent.yaml"
-            labels = {"csv": "labels.csv", "column": "pair", "values": WORDS}
-            bound = {"source": str(site.source), "labels": labels, "declared_patients": 70}
-            file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"datasets": {"pairs": bound}}))
-
-
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clinics]:
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """One of the three labels studies of one class only: it trains, and has no AUC to add."""
     folder = tmp_path_factory.mktemp("clinics")
     clinics = {name: Clinic(folder / "dicom" / name, NUM_LESIONS) for name in NAMES}
     clinics["st-marys"].table([(study, WORDS["similar"]) for study in clinics["st-marys"].uids[1::2]])
-    sites = [Site(name, clinic.source, {}, 70) for name, clinic in clinics.items()]
+    labels = {"csv": "labels.csv", "column": "pair", "values": WORDS}
+    sites = [Site(name, clinic.source, labels, 70, PLAN.dataset) for name, clinic in clinics.items()]
     with Programs() as programs:
-        federation = Clinics(folder / "federation", programs, sites, seed=7)
+        federation = Federation(folder / "federation", programs, sites, seed=7)
         federation.set_up()
         yield federation
 
 
-def ended(federation: Clinics, plan: Plan) -> dict[str, Any]:
+def ended(federation: Federation, plan: Plan) -> dict[str, Any]:
     file = federation.root / "plan.yaml"
     file.write_bytes(plan.canonical())
     run, over = federation.submit(file), ("completed", "failed", "aborted")
@@ -62,7 +50,7 @@ def ended(federation: Clinics, plan: Plan) -> dict[str, Any]:
     return federation.show(run)
 
 
-def test_a_hospital_sees_its_data_as_a_run_would(federation: Clinics) -> None:
+def test_a_hospital_sees_its_data_as_a_run_would(federation: Federation) -> None:
     told = json.loads(federation.at_silo("leuven", "data", "check", "pairs", "--json"))
     assert (told["num_patients"], told["num_studies"], told["num_files"]) == (NUM_LESIONS, 2 * NUM_LESIONS, 4 * NUM_LESIONS)
     assert told["labels"] == {"different": NUM_LESIONS, "similar": NUM_LESIONS} and told["quarantined"] == {}
@@ -71,7 +59,7 @@ def test_a_hospital_sees_its_data_as_a_run_would(federation: Clinics) -> None:
     assert one_class["quarantined"] == {"study-without-row": NUM_LESIONS}
 
 
-def test_a_rehearsal_opens_no_photograph(federation: Clinics) -> None:
+def test_a_rehearsal_opens_no_photograph(federation: Federation) -> None:
     shown = ended(federation, PLAN.rehearsed())
     assert shown["phase"] == "completed", shown
     for silo in NAMES:
@@ -79,7 +67,7 @@ def test_a_rehearsal_opens_no_photograph(federation: Clinics) -> None:
         assert row["snapshot"] is None
 
 
-def test_a_private_run_learns_stops_by_its_auc_and_releases_a_bundle(federation: Clinics, tmp_path: Path) -> None:
+def test_a_private_run_learns_stops_by_its_auc_and_releases_a_bundle(federation: Federation, tmp_path: Path) -> None:
     shown = ended(federation, PLAN)
     assert shown["phase"] == "completed" and "stopped by rule at round 3: auc was not better" in shown["situation"], shown
     means = shown["completed"][-1]["means"]

@@ -41,7 +41,7 @@ class Podlike(Federation):
 def test_a_run_with_helpers_over_the_network(tmp_path: Path) -> None:
     images = write_hospitals(tmp_path / "dicom", HOSPITALS, 12, seed=1)
     with Programs() as programs:
-        sites = [Site(h.name, images[h.name], dict(h.binding), 12) for h in HOSPITALS]
+        sites = [Site(h.name, images[h.name], h.labels, 12) for h in HOSPITALS]
         federation = Podlike(tmp_path / "federation", programs, sites, seed=7)
         federation.set_up()
         plan = tmp_path / "plan.yaml"

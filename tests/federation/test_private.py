@@ -26,7 +26,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     folder = tmp_path_factory.mktemp("private")
     images = write_hospitals(folder / "dicom", HOSPITALS, NUM_PATIENTS, seed=1)
     with Programs() as programs:
-        sites = [Site(h.name, images[h.name], dict(h.binding), NUM_PATIENTS) for h in HOSPITALS]
+        sites = [Site(h.name, images[h.name], h.labels, NUM_PATIENTS) for h in HOSPITALS]
         federation = Federation(folder / "federation", programs, sites, seed=7)
         federation.set_up()
         yield federation

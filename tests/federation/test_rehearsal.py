@@ -25,7 +25,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
     """Of hospitals with a name for a dataset and nothing behind it."""
     folder = tmp_path_factory.mktemp("rehearsal")
     with Programs() as programs:
-        sites = [Site(h.name, folder / "nowhere" / h.name, dict(h.binding), 12) for h in HOSPITALS]
+        sites = [Site(h.name, folder / "nowhere" / h.name, h.labels, 12) for h in HOSPITALS]
         federation = Federation(folder / "federation", programs, sites, seed=7)
         federation.set_up()
         (federation.root / "plan.yaml").write_bytes(PLAN.canonical())

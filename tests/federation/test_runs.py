@@ -89,7 +89,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     with mlflow_served(folder / "mlflow") as uri:
         images = write_hospitals(folder / "dicom", HOSPITALS, NUM_PATIENTS, seed=1)
         with Programs() as programs:
-            sites = [Site(h.name, images[h.name], dict(h.binding), NUM_PATIENTS) for h in HOSPITALS]
+            sites = [Site(h.name, images[h.name], h.labels, NUM_PATIENTS) for h in HOSPITALS]
             federation = Split(folder / "federation", programs, sites, uri, seed=7)
             federation.set_up()
             first = federation.finished(FIRST)
