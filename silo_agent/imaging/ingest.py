@@ -57,8 +57,8 @@ class Study:
 def handle(work: IngestWork) -> IngestResult:
     """Do one work item: a snapshot for a plan, or, without one, a check of every file that a plan would use.
 
-    DataError: a class is not bound, the folder is empty, its CSV of labels cannot be used, or (with a plan) no patient is usable.
-    PlanError: a transform's arguments. StorageError: the snapshot cannot be written.
+    DataError: a class is not bound, the folder is empty, its CSV of labels has no such columns, or (with a plan) no patient is
+    usable. PlanError: a transform's arguments. StorageError: the snapshot cannot be written.
     """
     if work.plan and work.plan.rehearse:
         raise MessageError("a rehearsal opens no dataset: nothing was read")
