@@ -151,8 +151,11 @@ def test_a_silo_that_comes_late_is_in_the_next_round_and_reaches_the_same_model(
     run = aggregator.submit(tiny())
     until(lambda: len(aggregator.store.run(run).joins) == 3, silos[:3])
     later(700)  # the joining's deadline
-    until(lambda: phase_of(aggregator, run) == (1, 1, "evaluating"), silos[:3])
+    silos[0].reports = False  # so that the first round's evaluation lasts until the late one has come
+    until(lambda: silos[0].model_round == 1 and phase_of(aggregator, run) == (1, 1, "evaluating"), silos[:3])
     until(lambda: late.model_round == 1, [late])
+    silos[0].reports = True
+    silos[0].post(silos[0].report())
     until(lambda: all(silo.closed == "COMPLETED" for silo in silos), silos)
     cohorts = [len(one.attempt.cohort) for one in aggregator.store.sums(run)]
     assert cohorts[0] == 3 and cohorts[-1] == 4

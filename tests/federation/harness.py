@@ -30,6 +30,17 @@ PATIENCE_S = 400.0  # of one wait; a trainer alone imports for 6 s on a quiet co
 NAMES = tuple(hospital.name for hospital in HOSPITALS)
 
 
+@contextmanager
+def hospitals_up(folder: Path, num_patients: int) -> Iterator[Federation]:
+    """The three of the sandbox with so many simulated patients each, enrolled and running, without MLflow."""
+    images = write_hospitals(folder / "dicom", HOSPITALS, num_patients, seed=1)
+    with Programs() as programs:
+        sites = [Site(h.name, images[h.name], h.labels, num_patients) for h in HOSPITALS]
+        federation = Federation(folder / "federation", programs, sites, seed=SEED)
+        federation.set_up()
+        yield federation
+
+
 class Haunted(Federation):
     """`deaths[NAME]` says where a program dies; `until` starts it again, after a look at how it ended."""
 

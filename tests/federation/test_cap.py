@@ -10,11 +10,10 @@ import yaml
 from aggregator import driver
 from aggregator.config import load_settings
 from aggregator.folder import Opened
-from sandbox.dicom import write_hospitals
-from sandbox.federation import Federation, Site
-from sandbox.processes import Programs, wait_until
+from sandbox.federation import Federation
+from sandbox.processes import wait_until
 from sandbox.scanner import HOSPITALS
-from tests.federation.harness import rows
+from tests.federation.harness import hospitals_up, rows
 from tests.support.plans import private
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -25,12 +24,7 @@ OTHERS = [name for name in NAMES if name != LATE]
 
 @pytest.fixture
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    folder = tmp_path_factory.mktemp("cap")
-    images = write_hospitals(folder / "dicom", HOSPITALS, NUM_PATIENTS, seed=1)
-    with Programs() as programs:
-        sites = [Site(h.name, images[h.name], h.labels, NUM_PATIENTS) for h in HOSPITALS]
-        federation = Federation(folder / "federation", programs, sites, seed=7)
-        federation.set_up()
+    with hospitals_up(tmp_path_factory.mktemp("cap"), NUM_PATIENTS) as federation:
         yield federation
 
 

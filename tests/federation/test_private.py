@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from sandbox.dicom import write_hospitals
-from sandbox.federation import Federation, Site
-from sandbox.processes import Programs, wait_until
+from sandbox.federation import Federation
+from sandbox.processes import wait_until
 from sandbox.scanner import HOSPITALS
-from tests.federation.harness import rows
+from tests.federation.harness import hospitals_up, rows
 from tests.support.plans import private
 from wardround.plan import Plan
 
@@ -23,12 +22,7 @@ PATIENCE_S = 400.0
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    folder = tmp_path_factory.mktemp("private")
-    images = write_hospitals(folder / "dicom", HOSPITALS, NUM_PATIENTS, seed=1)
-    with Programs() as programs:
-        sites = [Site(h.name, images[h.name], h.labels, NUM_PATIENTS) for h in HOSPITALS]
-        federation = Federation(folder / "federation", programs, sites, seed=7)
-        federation.set_up()
+    with hospitals_up(tmp_path_factory.mktemp("private"), NUM_PATIENTS) as federation:
         yield federation
 
 
