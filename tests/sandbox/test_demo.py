@@ -46,6 +46,7 @@ FLOORS = {
     ("classification", "balanced_accuracy"): Floors(over_local=0.0, of_pooled=0.92, of_without_privacy=0.92, worst=0.72),
 }
 UPLOAD_BYTES_PER_PARAMETER = {"segmentation": (4, 8), "classification": (500, 700)}  # of one chunk and one of control: 98 numbers
+FILES_AT_LEAST = {"segmentation": 100, "classification": 60}  # a demo leaves: logs, databases, MLflow's; more with more rounds
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def test_no_identifier_of_a_patient_left_a_hospital(told: Told) -> None:
     from pydicom import dcmread
 
     beyond = [path for path in told.folder.rglob("*") if path.is_file()]
-    assert len(beyond) > 100
+    assert len(beyond) > FILES_AT_LEAST[told.name]
     for settings in (told.folder / "federation" / "silos").glob("*/silo-agent.yaml"):
         source = Path(yaml.safe_load(settings.read_text())["datasets"][told.plan.dataset]["source"])
         header = dcmread(next(source.rglob("*.dcm")), stop_before_pixels=True)
