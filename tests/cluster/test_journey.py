@@ -240,15 +240,15 @@ def test_killed_aggregator_agent_and_trainer_mid_round(federation: Federation, k
 
 
 def test_upgrade_and_rollback_mid_run_lose_nothing(federation: Federation, kube: Kube) -> None:
-    federation.run("upgraded", LONG | {"name": "upgraded", "rounds": 25})
+    federation.run("upgraded", LONG | {"name": "upgraded", "rounds": 40})
     federation.until_round("upgraded", 2)
     values = federation.aggregator_values() | {"podLabels": {"upgraded": "yes"}}
     kube.helm("upgrade", "wardround", str(CHARTS / "aggregator"), "-n", NS, "--wait", values=values)
-    silo = federation.silo_values(NAMES[2]) | {"podLabels": {"upgraded": "yes"}}
-    kube.helm("upgrade", "silo", str(CHARTS / "silo-agent"), "-n", at(NAMES[2]), "--wait", values=silo)
     assert federation.status("upgraded")["phase"] == "Running", "the run was over before the rollback: nothing is shown"
     kube.helm("rollback", "wardround", "1", "-n", NS, "--wait")
-    assert federation.until_completed("upgraded", 600)["progress"] == "25/25"
+    silo = federation.silo_values(NAMES[2]) | {"podLabels": {"upgraded": "yes"}}
+    kube.helm("upgrade", "silo", str(CHARTS / "silo-agent"), "-n", at(NAMES[2]), "--wait", values=silo)
+    assert federation.until_completed("upgraded", 600)["progress"] == "40/40"
 
 
 def test_what_keeps_a_trainer_from_its_work_is_told_apart_and_mended(federation: Federation, kube: Kube) -> None:
