@@ -75,8 +75,7 @@ class Actions:
         log.info("plan judged", run=offer.run, accepted=code is None, reason=reason)
 
     def refuse(self, offer: pb.Offer) -> None:
-        row = self.held.state.run(offer.run)
-        assert row is not None  # noqa: S101 - the table: a stance is known
+        row = self.held.row(offer.run)
         reason = ASK_IT if row["code"] == UNUSABLE else row["reason"]
         body = pb.Refusal(run=offer.run, plan_digest=offer.facts.plan_digest, code=row["code"], reason=reason)
         self.held.post("refusal", run_ctx(self.held.federation, offer.run, offer.facts.plan_digest), body)
@@ -122,15 +121,15 @@ class Actions:
 
     def join(self, offer: pb.Offer) -> None:
         run = self.held.run(offer.run)
-        if run.statement is None:
+        statement = run.statement
+        if statement is None:
             notes = [*run.plan.caveats, *warm_start.notes(offer.parent), *([SEEDED_NOTE] if self.held.seed is not None else [])]
             body = join(run, self.held, notes, per_silo_metrics=self.held.policy.metrics == "per_silo")
             signed = sign(
                 "join", run_ctx(self.held.federation, run.id, run.plan.digest), body, self.held.silo, self.held.keys.identity
             )
-            self.held.state.keep_statement(run.id, signed.SerializeToString())
-        statement = self.held.run(offer.run).statement
-        assert statement is not None  # noqa: S101 - kept above
+            statement = signed.SerializeToString()
+            self.held.state.keep_statement(run.id, statement)
         self.held.membership.dial().post(pb.Signed.FromString(statement))
         self.held.state.set_stance(run.id, Stance.JOINED)
 
@@ -141,14 +140,16 @@ class Actions:
 
     def take_keys(self, offer: pb.Offer) -> None:
         signed = self.held.our_keys(offer)
-        assert signed is not None  # noqa: S101 - the table: they are on offer
+        if signed is None:
+            raise MessageError("the aggregator asks this silo to take keys and offers no box for it")
         self.held.keyring.take(self.held.run(offer.run), signed, acknowledge=offer.phase != pb.COMPLETED)
 
     def restore(self, offer: pb.Offer) -> None:
         """Take the model of a round this silo missed from the newest key epoch's checkpoint."""
         run, total = self.held.run(offer.run), offer.checkpoint
         row = self.held.state.epoch(run.id)
-        assert row is not None  # noqa: S101 - the table: its keys are held
+        if row is None:
+            raise MessageError("the aggregator offers a checkpoint of a run whose keys this silo does not hold")
         keys = self.held.keyring.keys(run, row["number"])
         report = scrutiny.check_restorable(
             self.held.known(run, row["number"]), total, self.held.members(total.facts.roster_version)[1]
@@ -162,8 +163,7 @@ class Actions:
         self.held.keep_model(run, total.facts.round, model, exponents, [], report.model_mac, progress, **sources)
 
     def halt(self, offer: pb.Offer) -> None:
-        row = self.held.state.run(offer.run)
-        assert row is not None  # noqa: S101 - the table: its Halt is kept
+        row = self.held.row(offer.run)
         self.held.membership.dial().post(pb.Signed.FromString(row["halt"]))
         self.close(offer)  # whatever the aggregator offers of this run from now on
 
@@ -385,7 +385,8 @@ class Actions:
                 lambda body: sign("bundle", ctx, body, self.held.silo, self.held.keys.identity),
             )  # fmt: skip
         row = self.held.state.bundle(run.id)
-        assert row is not None  # noqa: S101 - it was there, or make_bundle has just written it
+        if row is None:
+            raise IntegrityError("the bundle that was just made is not in this silo's state")
         self.held.membership.dial().upload(pb.Signed.FromString(row["statement"]), self.held.spool.get(row["content"]))
         self.held.state.bundle_sent(run.id)
 

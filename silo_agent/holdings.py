@@ -1,6 +1,7 @@
 """What a silo holds of its runs: from its disk, its keys, the roster and the aggregator's blobs, for whichever action asks."""
 
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,15 @@ class Holdings:
         self.budget = Budget(state, policy, seed)
         self.keyring = Keyring(keys, state, self.spool, self.membership)
 
-    def run(self, run: str) -> Run:
+    def row(self, run: str) -> sqlite3.Row:
+        """Of a run that was judged, whatever became of it. Raises MessageError."""
         row = self.state.run(run)
         if row is None:
             raise MessageError("the aggregator speaks of a run this silo never judged")
-        return Run(row)
+        return row
+
+    def run(self, run: str) -> Run:
+        return Run(self.row(run))
 
     def budgeted(self, run: Run, round_: int) -> bytes | None:
         """The noise key of a round that is charged. Raises PolicyRefusal when the ledger has not enough left."""

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -51,7 +52,7 @@ def look_home(settings: Settings) -> Iterator[Finding]:
         yield _finding("desk", lambda: _door(pods, settings.data))
         return  # the images are mounted by ingest alone
     for name, dataset in settings.datasets.items():
-        yield _finding(f"dataset {name}", lambda path=dataset.source, csv=dataset.labels.csv: _source(path, csv))  # type: ignore[misc]
+        yield _finding(f"dataset {name}", partial(_source, dataset.source, dataset.labels.csv))
 
 
 def look_out(host: str, port: int, roots: bytes, proxy: Proxy | None) -> Iterator[Finding]:

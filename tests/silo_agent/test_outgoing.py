@@ -1,6 +1,7 @@
 """What may leave: each forbidden item is pushed at the way out, which has no connection: whoever gets through is disconnected."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from google.protobuf.message import Message
@@ -11,7 +12,7 @@ from silo_agent.reasons import Reason
 from wardround.errors import DataError, Disconnected, IntegrityError
 from wardround.pb import federation_pb2 as pb
 
-REPORT = {"round": 1, "model_mac": b"m" * 32, "means": {"dice": 0.5, "dice/grey": 0.517, "hd95_mm": 31.5}}
+REPORT: dict[str, Any] = {"round": 1, "model_mac": b"m" * 32, "means": {"dice": 0.5, "dice/grey": 0.517, "hd95_mm": 31.5}}
 
 
 @pytest.fixture
@@ -35,8 +36,8 @@ def push(client: Client, body: Message) -> None:
         client.post(signed)
 
 
-def report(**fields: object) -> pb.ModelReport:
-    return pb.ModelReport(**REPORT | fields)  # type: ignore[arg-type]  # a test's own mapping
+def report(**fields: Any) -> pb.ModelReport:
+    return pb.ModelReport(**REPORT | fields)
 
 
 @pytest.mark.parametrize(
