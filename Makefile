@@ -43,7 +43,7 @@ demo-clean:
 
 test: setup
 	scripts/lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 test-cluster: setup
 	scripts/cluster packages

@@ -19,7 +19,8 @@ from typing import Any
 
 from aggregator.driver import facts_of, situation
 from aggregator.records import RunState
-from aggregator.store import ENDED, Store
+from aggregator.runs import ENDED
+from aggregator.store import Store
 from wardround.accounting import epsilon_after, round_event
 from wardround.canonical import canonical_json, digest_name
 from wardround.errors import MessageError, PlanError, SettingsError, WardroundError

@@ -16,7 +16,8 @@ from aggregator.control import check_fits, spent, standing
 from aggregator.privacy_report import as_html, as_markdown, report_of
 from aggregator.records import RunState
 from aggregator.run_view import RunView
-from aggregator.store import ENDED, Store
+from aggregator.runs import ENDED
+from aggregator.store import Store
 from aggregator.terminal import opened, person, print_rows, tell_unserved, when
 from aggregator.views import run_view
 from wardround.canonical import digest_name

@@ -1,8 +1,9 @@
 """What the agent asks of the privacy ledger, and when. A plan without `privacy` asks nothing and is charged nothing; a rehearsal
 asks whether its plan would fit, and writes nothing."""
 
+from silo_agent.custody.installation import now_ms
 from silo_agent.custody.policy import Policy
-from silo_agent.custody.state import State, now_ms
+from silo_agent.custody.state import State
 from silo_agent.run import Run
 from wardround import accounting
 from wardround.canonical import frame, sha256

@@ -15,13 +15,13 @@ from silo_agent.custody.door import Door, new_secret
 from silo_agent.custody.enrollment import enroll_request, read_enrollment
 from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.policy import judge, load_policy
-from silo_agent.custody.roster import approve
 from silo_agent.custody.state import State
 from silo_agent.ledger_cli import ledger_app
-from silo_agent.membership import connect, received, stand_by
+from silo_agent.membership import connect
 from silo_agent.model_cli import model_app
 from silo_agent.plan_cli import plan_app
 from silo_agent.preflight import Finding, look_home, look_out
+from silo_agent.roster_cli import roster_app
 from silo_agent.status_cli import status
 from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, print_facts
@@ -29,7 +29,7 @@ from wardround.cli import run as run_command_line
 from wardround.errors import PolicyRefusal, SettingsError, UsageError, WardroundError
 from wardround.kube import ClusterApi
 from wardround.plan import load_plan
-from wardround.roster import Member, changes
+from wardround.roster import Member
 
 if TYPE_CHECKING:
     from silo_agent.desk import Desk
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 app = command_line("One hospital's side of a federation: keeps the keys, guards the data, takes part in rounds.")
 data_app = command_line("Data: what this hospital's studies look like to a plan.")
 policy_app = command_line("Policy: what this hospital takes part in.")
-roster_app = command_line("The roster: which hospitals this one deals with.")
 for name, group in (
     ("data", data_app),
     ("policy", policy_app),
@@ -337,64 +336,6 @@ def policy_check(
     if policy.hours:
         facts["hours"] = f"a round's training begins {policy.hours} ({policy.time_zone}) on {', '.join(policy.days)}"
     print_facts(facts, json_)
-
-
-@roster_app.command("show")
-def roster_show(context: typer.Context, json_: Json = False) -> None:
-    """Who is in the federation, as the operator signed it, and who waits for this hospital's approval.
-
-    \b
-    Example:
-      silo-agent roster show
-    """
-    settings = _settings(context)
-    state = State(settings.data / "state.sqlite")
-    known = received(state)
-    standing = stand_by(state, known, settings.roster_approval)
-    newest = known[-1] if known else None
-    waiting = {member.name for member in standing.waiting}
-    silos = newest.silos if newest else ()
-    rows = [{"silo": m.name, "status": "waiting" if m.name in waiting else m.status, "words": m.words} for m in silos]
-    facts: dict[str, Any] = {
-        "approved_version": standing.approved.version if standing.approved else 0,
-        "newest_version": newest.version if newest else 0,
-        "newest_digest": digest_name(newest.digest) if newest else "",
-    }
-    if json_:
-        print_facts(facts | {"silos": rows}, True)
-        return
-    print_facts(facts | {"silos": [f"{row['silo']}: {row['status']}; words {row['words']}" for row in rows] or ["none"]}, False)
-    if waiting:
-        print("next: compare the words of the new hospitals by telephone, then silo-agent roster approve with the newest digest")
-
-
-@roster_app.command("approve")
-def roster_approve(
-    context: typer.Context,
-    digest: Annotated[str, typer.Argument(help="newest_digest of `roster show`: sha256: and 64 hexadecimal digits.")],
-    json_: Json = False,
-) -> None:
-    """Approve the newest roster, after comparing the words of its new members by telephone.
-
-    \b
-    Example:
-      silo-agent roster approve sha256:3f0c...
-    """
-    settings = _settings(context)
-    state = State(settings.data / "state.sqlite", SiloKeys.open(settings.data / "keys").audit)
-    known = received(state)
-    before = stand_by(state, known, settings.roster_approval).approved
-    try:
-        wanted = bytes.fromhex(digest.removeprefix("sha256:"))
-    except ValueError:
-        raise UsageError(
-            "a roster is named by its digest, sha256: and 64 hexadecimal digits: see `silo-agent roster show`"
-        ) from None
-    newer = [roster for roster in known if before is None or roster.version > before.version]
-    chosen = approve(before, newer, wanted)
-    state.approve_roster(chosen.version, digest_name(chosen.digest))
-    changed = [f"{member.name}: {what}" for what, member in changes(chosen, before)]
-    print_facts({"approved_version": chosen.version, "changes": changed or ["none"]}, json_)
 
 
 def main() -> None:

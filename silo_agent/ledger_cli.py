@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from silo_agent.config import load_settings
+from silo_agent.custody.installation import now_ms
 from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.ledger import Ledger
-from silo_agent.custody.state import State, now_ms
+from silo_agent.custody.state import State
 from wardround.accounting import Event, pld_epsilon
 from wardround.cli import Json, command_line, print_facts
 from wardround.errors import SettingsError, StorageError

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from silo_agent.custody import state as module
+from silo_agent.custody import installation as module
 from silo_agent.custody.state import State
 from silo_agent.round import Facts, Stance
 from tests.support.identities import ed25519, public

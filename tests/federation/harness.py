@@ -16,7 +16,7 @@ import yaml
 
 from aggregator.config import load_settings
 from aggregator.folder import Opened
-from aggregator.store import RunState
+from aggregator.records import RunState
 from sandbox.dicom import write_hospitals
 from sandbox.federation import Federation, Site
 from sandbox.processes import Program, Programs, call, tool
