@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cluster.federation import JOBS, NAMES, NS, PROXIED, Federation, at, trainers_of
+from aggregator.pki import Pki
+from tests.cluster.federation import IMAGE, JOBS, NAMES, NS, PROXIED, Federation, at, trainers_of
 from tests.cluster.kube import CHARTS, RESTRICTED, Failed, Kube
 from tests.support.plans import TINY, private
 
@@ -343,17 +344,43 @@ def test_a_bad_plan_makes_nothing(federation: Federation, kube: Kube) -> None:
         federation.run("bad", PLAN | {"name": "bad", "rounds": 1})
 
 
-def test_a_hospital_that_is_not_enrolled_is_told_so(federation: Federation, kube: Kube) -> None:
+def test_a_site_policy_that_refuses_and_a_pause_are_told_to_the_coordinator(federation: Federation, kube: Kube) -> None:
+    silo = NAMES[2]
+    values = federation.silo_values(silo)
+    strict = values | {"policy": {"rules": values["policy"]["rules"] | {"allow_without_privacy": False}}}
+    kube.helm("upgrade", "silo", str(CHARTS / "silo-agent"), "-n", at(silo), "--wait", values=strict)
+    federation.run("unwanted", PLAN | {"name": "unwanted"})
+    kube.until("its end", lambda: federation.status("unwanted").get("phase") == "Failed", 240)
+    told = federation.status("unwanted")["message"]
+    assert f"{silo} refused: policy allow_without_privacy is false" in told, told
+    kube.helm("upgrade", "silo", str(CHARTS / "silo-agent"), "-n", at(silo), "--wait", values=values)
+
+    federation.silo(silo, "pause", "the scanner moves until Monday")
+    kube.until("the pause", lambda: "the scanner moves" in kube.get("silos", silo, NS).get("status", {}).get("activity", ""), 120)
+    kube.kubectl("get", "federationruns,silos", "-n", NS)
+    federation.silo(silo, "resume")
+
+
+def test_a_hospital_without_a_volume_a_token_or_the_right_ca_is_told_so(federation: Federation, kube: Kube, tmp_path: Path) -> None:
+    """Each where `kubectl describe pod` shows it."""
     kube.namespace("silo-new")
-    values = {"image": {"pullPolicy": "Never"}, "storage": {"storageClassName": "wr"}, "snapshots": {"storageClassName": "wr"}}
+    chart = str(CHARTS / "silo-agent")
+    values = {"image": IMAGE, "storage": {"storageClassName": "wr"}, "snapshots": {"storageClassName": "wr"}}
+    kube.helm("install", "silo", chart, "-n", "silo-new", values=values)
+
+    def told(words: str) -> None:
+        def shown() -> bool:
+            pods = kube.get("pods", namespace="silo-new", selector="app.kubernetes.io/name=silo-agent")
+            return words in yaml.safe_dump([pod["status"] for pod in pods], width=10_000)
+
+        kube.until(f"the pod to say {words!r}", shown, 180)
+
+    told("unbound immediate PersistentVolumeClaims")
     kube.volume("new-data", "silo-new", "silo-agent-data", federation._folder("new-data"))
-    kube.helm("install", "silo", str(CHARTS / "silo-agent"), "-n", "silo-new", values=values)
-
-    def told() -> bool:
-        pods = kube.get("pods", namespace="silo-new", selector="app.kubernetes.io/name=silo-agent")
-        return "NOT ENROLLED" in yaml.safe_dump([pod["status"] for pod in pods], width=10_000)
-
-    kube.until("the pod to say so where `kubectl describe` shows it", told, 120)
+    told("NOT ENROLLED")
+    another = Pki.open(tmp_path / "pki", "neuro", ["elsewhere.example.org"]).roots_pem.decode()
+    kube.helm("upgrade", "silo", chart, "-n", "silo-new", values=federation.silo_values(NAMES[2]) | values | {"ca": another})
+    told("not by this federation")
 
 
 def test_two_releases_in_one_namespace_are_refused(federation: Federation, kube: Kube) -> None:
