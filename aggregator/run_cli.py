@@ -23,6 +23,7 @@ from aggregator.views import run_view
 from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, print_comparison, print_facts
 from wardround.errors import UsageError
+from wardround.measures import headline, title
 from wardround.pb import federation_pb2 as pb
 from wardround.plan import load_plan
 
@@ -227,15 +228,33 @@ def _measured(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _details(store: Store, name: str) -> dict[str, Any]:
-    state = store.run(name)
-    refusals = {silo: pb.Refusal.FromString(signed.body) for silo, signed in state.refusals.items()}
+def _newest(store: Store, state: RunState) -> dict[str, Any] | None:
+    """The row of the newest measured model."""
+    return next(reversed(_measured(_completed(store, state.id))), None)
+
+
+def _worth(state: RunState, measured: dict[str, Any] | None) -> str:
+    """That model's leading measure, with what the hospitals say of their patients; empty before there is one."""
+    first = headline(state.plan.task)
+    if measured is None or measured.get(first) is None:
+        return ""
+    told = f"model of round {measured['model_of_round']}: validation {title(first)} {measured[first]:.3f}"
+    return "; ".join([f"{told}, {measured['hospitals']} hospitals in the sum", *_notes(state)])
+
+
+def _completed(store: Store, name: str) -> list[dict[str, Any]]:
     rounds = []
     for total in store.sums(name):
         means = dict(pb.ModelReport.FromString(next(iter(total.reports.values())).body).means) if total.reports else {}
         rounds.append(
             {"round": total.attempt.round, "in_sum": list(total.attempt.u3), "reported": sorted(total.reports), "means": means}
         )
+    return rounds
+
+
+def _details(store: Store, name: str) -> dict[str, Any]:
+    state = store.run(name)
+    refusals = {silo: pb.Refusal.FromString(signed.body) for silo, signed in state.refusals.items()}
     return _summary(state, store) | {
         "plan_digest": "sha256:" + state.plan.digest.hex(),
         "submitted_by": state.submitted_by,
@@ -244,7 +263,7 @@ def _details(store: Store, name: str) -> dict[str, Any]:
         "joined": sorted(state.joins),
         "refused": [f"{silo}: {refusal.reason}" for silo, refusal in refusals.items()],
         "given_up": [f"round {one.round}, attempt {one.attempt}: {one.reason}" for one in store.abandoned(name)],
-        "completed": rounds,
+        "completed": _completed(store, name),
         "released": _released(state),
         "in_mlflow": not state.plan.rehearse and name not in store.unprojected(),
         "key_epoch": state.epoch.number if state.epoch else 0,
@@ -289,14 +308,18 @@ def _notes(state: RunState) -> list[str]:
 
 
 def _watch_lines(store: Store, name: str, as_json: bool, to: TextIO | None = None) -> str:
-    last = ""
+    shown: tuple[str, ...] = ()
     while True:
         state = store.run(name)
-        summary = _summary(state, store)
-        if summary["situation"] != last:
-            last = summary["situation"]
-            print_facts(summary, True) if as_json else print(last, file=to)
+        measured = _newest(store, state)
+        told = (_worth(state, measured), standing(state, store))
+        if told != shown:
+            if as_json:
+                print_facts(_summary(state, store) | {"measured": measured, "notes": _notes(state)}, True)
+            else:
+                print(*(line for line in told if line and line not in shown), sep="\n", file=to)
             (to or sys.stdout).flush()
+            shown = told
         if state.phase in ENDED:
             return state.phase
         time.sleep(WATCH_S)
@@ -323,6 +346,7 @@ def _table(store: Store, state: RunState) -> Table:
         "report",
         "seen",
         title=f"{standing(state, store)}; epsilon {spent(state)}",
+        caption=_worth(state, _newest(store, state)),
     )
     known = {silo.name: silo for silo in store.silos()}
     for silo in sorted(state.active | state.joins.keys()):

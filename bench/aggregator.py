@@ -40,7 +40,7 @@ from rich.table import Table
 from aggregator.config import load_settings
 from aggregator.folder import Opened
 from aggregator.pki import Pki
-from aggregator.store import Attempt
+from aggregator.records import Attempt
 from sandbox.federation import free_port
 from sandbox.processes import Program, Programs, tool
 from tests.support.fake_silo import FakeSilo

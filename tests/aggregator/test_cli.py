@@ -108,7 +108,12 @@ def test_a_run_from_submission_to_its_end(aggregator: TestAggregator, command: A
     silos[1].uploads = True
     until(lambda: aggregator.store.run("tiny-1").phase == "completed", silos)
     code, out, _ = command("run", "watch", "tiny-1")
-    assert (code, out) == (0, "tiny-1 has completed\n")
+    worth = "model of round 2: validation Dice 0.500, 3 hospitals in the sum; patients are simulated"
+    assert (code, out) == (0, f"{worth}\ntiny-1 has completed\n")
+    assert run_cli._table(aggregator.store, aggregator.store.run("tiny-1")).caption == worth
+    watched = json.loads(command("run", "watch", "tiny-1", "--json")[1])
+    assert watched["measured"] == {"model_of_round": 2, "dice": 0.5, "hospitals": 3}
+    assert watched["notes"] == ["patients are simulated"]
     rounds = json.loads(command("run", "show", "tiny-1", "--json")[1])["completed"]
     assert [one["round"] for one in rounds] == [1, 2, 3] and rounds[0]["means"] == {"dice": 0.5}
     shown = command("run", "show", "tiny-1")[1]

@@ -12,8 +12,9 @@ from prometheus_client import REGISTRY
 from aggregator import driver as module
 from aggregator.driver import Bell, Driver, facts_of, situation
 from aggregator.fold import FoldProcess
+from aggregator.records import RunState
 from aggregator.round import TABLE, Action, Row, next_row
-from aggregator.store import RunState, Stale
+from aggregator.store import Stale
 from tests.aggregator.test_statements import at, records
 from tests.support.aggregator import TestAggregator, until
 from tests.support.fake_silo import FakeSilo
