@@ -173,7 +173,7 @@ def token(
       aggregator silo token st-marys charite leuven --out letters
       kubectl -n wardround exec deploy/aggregator -- aggregator silo token st-marys charite leuven --out - | tar x
     """
-    made, archive = [], tarfile.open(fileobj=sys.stdout.buffer, mode="w|") if str(out) == "-" else None  # noqa: SIM115
+    made, archive = [], tarfile.open(fileobj=sys.stdout.buffer, mode="w|") if str(out) == "-" else None  # noqa: SIM115 - closed below, where there is one
     with opened(context) as found:
         settings = found.settings
         for silo in names:
@@ -262,7 +262,7 @@ def roster_draft(context: typer.Context, json_: Json = False) -> None:
 @roster_app.command("publish")
 def roster_publish(
     context: typer.Context,
-    file: Annotated[typer.FileBinaryRead, typer.Argument(help="roster.json as signed; - is standard input.")] = "-",  # type: ignore[assignment]
+    file: Annotated[typer.FileBinaryRead, typer.Argument(help="roster.json as signed; - is standard input.")] = "-",  # type: ignore[assignment]  # typer opens the name
     json_: Json = False,
 ) -> None:
     """Accept a roster that the operator signed: silos get it with their next poll.

@@ -1,9 +1,8 @@
 """The aggregator's settings: one YAML file; WARDROUND_AGGREGATOR_<KEY> in the environment beats it. Unknown keys are refused."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -11,6 +10,7 @@ from wardround.errors import SettingsError
 from wardround.part import Name
 from wardround.plan import explain
 from wardround.roster import read_public_key
+from wardround.settings import read_settings
 
 OF_A_HOSPITAL = {"datasets", "policy", "roster_approval"}  # keys of silo-agent.yaml alone
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -77,19 +77,9 @@ class Settings(BaseSettings):
 
 def load_settings(path: Path) -> Settings:
     """Raises SettingsError that names each key. Relative paths are relative to the file."""
+    value = read_settings(path, OF_A_HOSPITAL, "holds a hospital's settings: name an aggregator's")
     try:
-        value: Any = yaml.safe_load(path.read_bytes())
-        if not isinstance(value, dict):
-            raise SettingsError("the settings are a mapping of keys to values")
-        if value.keys() & OF_A_HOSPITAL:
-            raise SettingsError(f"{path} holds a hospital's settings: name an aggregator's before the command, with --config FILE")
         settings = Settings(**value)
-    except OSError as error:
-        raise SettingsError(
-            f"cannot read the settings {path}: {error.strerror}; name them before the command, with --config FILE"
-        ) from None
-    except yaml.YAMLError:
-        raise SettingsError("the settings are not YAML") from None
     except ValidationError as error:
         raise SettingsError(explain(error)) from None
     base = path.parent

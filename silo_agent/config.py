@@ -4,12 +4,12 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from wardround.errors import DataError, SettingsError
 from wardround.part import Name
 from wardround.plan import Plan, explain
+from wardround.settings import read_settings
 
 OF_AN_AGGREGATOR = {"federation", "operator_key", "host"}  # keys of aggregator.yaml alone
 MAX_NOTE_CHARS = 500  # of one note in a Join
@@ -149,17 +149,9 @@ class Settings(_Part):
 
 def load_settings(path: Path) -> Settings:
     """Raises SettingsError that names each key. Relative paths in the file are relative to the file."""
+    value = read_settings(path, OF_AN_AGGREGATOR, "holds an aggregator's settings: name a hospital's")
     try:
-        value = yaml.safe_load(path.read_bytes())
-        if isinstance(value, dict) and value.keys() & OF_AN_AGGREGATOR:
-            raise SettingsError(f"{path} holds an aggregator's settings: name a hospital's before the command, with --config FILE")
         settings = Settings.model_validate(value)
-    except OSError as error:
-        raise SettingsError(
-            f"cannot read the settings {path}: {error.strerror}; name them before the command, with --config FILE"
-        ) from None
-    except yaml.YAMLError:
-        raise SettingsError("the settings are not YAML") from None
     except ValidationError as error:
         raise SettingsError(explain(error)) from None
     base = path.parent

@@ -186,7 +186,7 @@ def operator_init(
 @roster_app.command("sign")
 def roster_sign(
     key: Annotated[Path, typer.Option(help="The operator's private key.")],
-    draft: Annotated[typer.FileBinaryRead, typer.Argument(help="The draft; - is standard input.")] = "-",  # type: ignore[assignment]
+    draft: Annotated[typer.FileBinaryRead, typer.Argument(help="The draft; - is standard input.")] = "-",  # type: ignore[assignment]  # typer opens the name
     json_: Json = False,
 ) -> None:
     """Sign a roster that the aggregator drafted. Read what changes before you publish it.

@@ -92,9 +92,9 @@ def he_parameters(max_silos: int, bits: int) -> HeParameters:
     """The row for sums of at most `max_silos` updates of `bits` bits a parameter. Raises PlanError where there is no such row."""
     for row in _ROWS:
         if (row.max_silos, row.bits) == (max_silos, bits):
-            assert row.max_silos * MAX_NOISE < row.prime / (2 * row.plain_modulus), "the noise of a full sum must round away"  # noqa: S101
-            assert row.max_silos * row.max_code < 1 << row.field_bits, "the fields of a full sum must not carry"  # noqa: S101
-            assert FIELDS * row.field_bits <= row.plain_modulus.bit_length() - 1, "the fields must fit a coefficient"  # noqa: S101
+            assert row.max_silos * MAX_NOISE < row.prime / (2 * row.plain_modulus), "the noise of a full sum must round away"  # noqa: S101 - of our own table
+            assert row.max_silos * row.max_code < 1 << row.field_bits, "the fields of a full sum must not carry"  # noqa: S101 - of our own table
+            assert FIELDS * row.field_bits <= row.plain_modulus.bit_length() - 1, "the fields must fit a coefficient"  # noqa: S101 - of our own table
             return row
     known = ", ".join(f"{row.max_silos} silos x {row.bits} bits" for row in _ROWS)
     raise PlanError(f"encrypted sums exist for {known}: {max_silos} silos x {bits} bits is none of them")

@@ -42,7 +42,7 @@ class Tracking:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, self._headers)  # noqa: S310 - the scheme was checked
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310 - the scheme was checked
                 value: dict[str, Any] = json.loads(answer.read(MAX_ANSWER_BYTES))
         except urllib.error.HTTPError as error:
             if error.code in (401, 403):

@@ -286,6 +286,6 @@ def _check_digests(*digests: bytes) -> None:
 
 
 def _check_texts(texts: object) -> None:
-    listed = [str(text) for text in texts]  # type: ignore[attr-defined]
+    listed = [str(text) for text in texts]  # type: ignore[attr-defined]  # a repeated field
     if len(listed) > MAX_NOTES or any(len(text) > MAX_TEXT_CHARS or not text.isprintable() for text in listed):
         raise MessageError(f"texts for people: at most {MAX_NOTES}, each one line of at most {MAX_TEXT_CHARS} characters")

@@ -213,7 +213,7 @@ class State(Installation):
         homes = self._all("SELECT digest FROM homes AS h WHERE round = (SELECT max(round) FROM homes WHERE run = h.run)")
         models = self._all("SELECT state FROM models NATURAL JOIN runs WHERE round = model_round")
         following = "run = ? AND round = (SELECT model_round + 1 FROM runs WHERE run = ?)"
-        updates = self._all(f"SELECT update_digest FROM events WHERE {following} AND update_digest NOT NULL", run, run)  # noqa: S608
+        updates = self._all(f"SELECT update_digest FROM events WHERE {following} AND update_digest NOT NULL", run, run)  # noqa: S608 - our words
         headers = self._all(f"SELECT header FROM attempts WHERE {following}", run, run)  # noqa: S608 - our words
         uploads = (pb.UploadHeader.FromString(pb.Signed.FromString(row["header"]).body).content_digest for row in headers)
         checkpoints = self._all("SELECT checkpoint FROM epochs WHERE run = ? AND told = 0 AND checkpoint NOT NULL", run)

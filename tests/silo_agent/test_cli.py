@@ -2,51 +2,19 @@
 
 import json
 import sqlite3
-import sys
-from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-import structlog
 import yaml
 
-from silo_agent.cli import main
-from tests.support.hospital import BINDING, Hospital
+from tests.support.hospital import BINDING, Hospital, Typed
 from tests.support.identities import OPERATOR, ed25519, member
 from tests.support.plans import TINY
 from wardround.canonical import digest_name
 from wardround.errors import IdentityError
 from wardround.pb import federation_pb2 as pb
 from wardround.roster import parse_roster, propose, sign_roster
-
-Typed = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def hospital(tmp_path: Path) -> Iterator[Hospital]:
-    hospital = Hospital(tmp_path)
-    yield hospital
-    hospital.state.close()
-
-
-@pytest.fixture
-def typed(hospital: Hospital, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Typed]:
-    """Types a command in the hospital: (exit status, stdout, stderr)."""
-
-    def type_(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["silo-agent", "--config", str(hospital.config), *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return status, out, err
-
-    yield type_
-    structlog.reset_defaults()  # `run` configures the log on this test's stderr
 
 
 def refused(answer: tuple[int, str, str]) -> str:

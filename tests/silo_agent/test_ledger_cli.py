@@ -1,45 +1,23 @@
 """`silo-agent ledger`: what the officer reads, sees and enters."""
 
 import json
-import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from silo_agent.cli import main
 from silo_agent.ledger_cli import PLOT_POINTS, Charge, svg
-from tests.support.hospital import Hospital
+from tests.support.hospital import Hospital, Typed
 from wardround.accounting import Event, pld_epsilon
 
-Typed = Callable[..., tuple[int, str, str]]
 ROUND = Event(0.5, 6.0, 2)
 
 
 @pytest.fixture
-def hospital(tmp_path: Path) -> Iterator[Hospital]:
-    hospital = Hospital(tmp_path)
-    yield hospital
-    hospital.state.close()
-
-
-@pytest.fixture
-def typed(hospital: Hospital, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
-    """Types a ledger command in the hospital: (exit status, stdout, stderr)."""
-
-    def type_(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["silo-agent", "--config", str(hospital.config), "ledger", *map(str, arguments)])
-        status = 0
-        try:
-            main()
-        except SystemExit as ended:
-            status = int(ended.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return status, out, err
-
-    return type_
+def typed(typed: Typed) -> Typed:
+    """Types a ledger command in the hospital."""
+    return partial(typed, "ledger")
 
 
 @pytest.fixture

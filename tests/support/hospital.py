@@ -1,5 +1,6 @@
 """One enrolled hospital without a federation around it: real keys, certificate, state and settings; the aggregator is a script."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ LENIENT = {
     "metrics": "per_silo",
 }  # fmt: skip
 AGGREGATOR = ed25519(100)  # signs the audit heads
+Typed = Callable[..., tuple[int, str, str]]  # types a command in a hospital: exit status, stdout, stderr
 
 
 class Client:
