@@ -23,6 +23,7 @@ SEED = 7
 IMAGE = {"pullPolicy": "Never"}
 SMALL = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "3Gi"}}
 NS = "wardround"
+SITE = ROOT / ".venv" / "lib" / "python3.11" / "site-packages"
 CACHE = Path(os.environ.get("WARDROUND_CACHE", Path.home() / ".cache" / "wardround"))
 TORCH = "/usr/local/lib/python3.11/dist-packages"  # where the base image of a trainer would have it
 
@@ -45,15 +46,11 @@ class Federation:
     # --- what a cluster has before anybody installs anything --------------------------------------------------------------------
 
     def prepare(self) -> None:
-        self.kube.apply(
-            {"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": "wr"},
-             "provisioner": "kubernetes.io/no-provisioner", "volumeBindingMode": "Immediate"}
-        )  # fmt: skip
+        self.kube.storage_class()
         self.kube.namespace(NS)
         for claim in ("aggregator-data", "mlflow-data"):
             self.kube.volume(claim, NS, claim, self._folder(claim))
         images = write_hospitals(CACHE / "dicom", HOSPITALS, NUM_PATIENTS, SEED)
-        site = ROOT / ".venv" / "lib" / "python3.11" / "site-packages"
         for silo in NAMES:
             home, train = at(silo), trainers_of(silo)
             self.kube.namespace(home)
@@ -61,11 +58,11 @@ class Federation:
             snapshots = self._folder(f"{home}-snapshots")
             self.kube.volume(f"{home}-snapshots", home, "silo-snapshots", snapshots)
             self.kube.volume(f"{home}-dicom", home, "dicom-research", images[silo], "ReadOnlyMany", make=True)
-            self.kube.volume(f"{home}-site", home, "site", site, "ReadOnlyMany", make=True)
+            self.kube.volume(f"{home}-site", home, "site", SITE, "ReadOnlyMany", make=True)
             if silo in JOBS:
                 self.kube.namespace(train)
                 self.kube.volume(f"{train}-snapshots", train, "silo-snapshots", snapshots, "ReadOnlyMany", make=True)
-                self.kube.volume(f"{train}-site", train, "site", site, "ReadOnlyMany", make=True)
+                self.kube.volume(f"{train}-site", train, "site", SITE, "ReadOnlyMany", make=True)
         self._proxy()
 
     def _folder(self, name: str) -> Path:
@@ -107,7 +104,7 @@ class Federation:
 
     def install(self) -> None:
         """From nothing to three hospitals in a signed roster: the commands of docs/install.md, counted."""
-        self._typed("wardround", "operator", "init", "--federation", "neuro", "--out", "operator.key")
+        self.found()
         self._helm("install", "crds", str(CHARTS / "crds"), "-n", NS)
         self._helm("install", "wardround", str(CHARTS / "aggregator"), "-n", NS, "--wait", values=self.aggregator_values())
         letters = self._aggregator_bytes("silo", "token", *NAMES, "--out", "-")
@@ -117,6 +114,9 @@ class Federation:
             self._helm("install", "silo", str(CHARTS / "silo-agent"), "-n", at(silo), "--wait", "--timeout", "6m",
                        values=self.silo_values(silo))  # fmt: skip
         self.publish()
+
+    def found(self) -> None:
+        self._typed("wardround", "operator", "init", "--federation", "neuro", "--out", "operator.key")
 
     def publish(self) -> None:
         """One pipeline of three."""

@@ -62,6 +62,12 @@ class Kube:
         value = json.loads(text or "{}")
         return value if name else value.get("items", [])
 
+    def storage_class(self) -> None:
+        self.apply(
+            {"apiVersion": "storage.k8s.io/v1", "kind": "StorageClass", "metadata": {"name": "wr"},
+             "provisioner": "kubernetes.io/no-provisioner", "volumeBindingMode": "Immediate"}
+        )  # fmt: skip
+
     def namespace(self, name: str) -> None:
         self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}})
 
@@ -98,3 +104,17 @@ class Kube:
         pods = [p for p in self.get("pods", namespace=namespace, selector=f"app.kubernetes.io/name={app}")]
         live = [p for p in pods if "deletionTimestamp" not in p["metadata"] and p["status"].get("phase") in ("Pending", "Running")]
         return max(live, key=lambda p: p["metadata"]["creationTimestamp"])["metadata"]["name"] if live else ""
+
+
+def stranger(namespace: str, name: str, **volumes: Any) -> Object:
+    """A pod that nobody invited, as `restricted` lets it in."""
+    security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    container = {
+        "name": "c", "image": "ghcr.io/wardround/aggregator:0.1.0", "imagePullPolicy": "Never", "command": ["sleep", "600"],
+        "securityContext": security,
+    }  # fmt: skip
+    spec = {
+        "securityContext": {"runAsNonRoot": True, "runAsUser": 10001, "seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [container], "terminationGracePeriodSeconds": 1,
+    }  # fmt: skip
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": namespace}, "spec": spec | volumes}

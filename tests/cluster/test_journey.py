@@ -1,7 +1,6 @@
 """Three hospitals on a real Kubernetes: installed, run, killed, upgraded and probed. One federation, in the order of the file."""
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,20 +12,12 @@ import yaml
 
 from aggregator.pki import Pki
 from tests.cluster.federation import IMAGE, JOBS, NAMES, NS, PROXIED, Federation, at, trainers_of
-from tests.cluster.kube import CHARTS, RESTRICTED, Failed, Kube
+from tests.cluster.kube import CHARTS, RESTRICTED, Failed, Kube, stranger
 from tests.support.plans import TINY, private
 
 pytestmark = pytest.mark.timeout(1500)
 PLAN: dict[str, Any] = yaml.safe_load(TINY) | {"rounds": 4}
 LONG = PLAN | {"name": "long", "rounds": 10}
-
-
-@pytest.fixture(scope="module")
-def kube() -> Kube:
-    log = Path(os.environ.get("WARDROUND_CLUSTER_LOG", "build/cluster.log")).absolute()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("")
-    return Kube(log)
 
 
 @pytest.fixture(scope="module")
@@ -160,20 +151,6 @@ def test_policies_hold_where_trainers_are_jobs_and_at_the_coordinator(federation
         kube.kubectl("delete", "pod", name, "-n", namespace, "--now")
     others = [target for target in everything if target != mlflow]  # a pod may always call itself
     assert set(probe(kube, NS, kube.pod(NS, "mlflow"), *others).values()) == {"closed"}
-
-
-def stranger(namespace: str, name: str, **volumes: Any) -> dict[str, Any]:
-    """A pod that nobody invited."""
-    security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    container = {
-        "name": "c", "image": "ghcr.io/wardround/aggregator:0.1.0", "imagePullPolicy": "Never", "command": ["sleep", "600"],
-        "securityContext": security,
-    }  # fmt: skip
-    spec = {
-        "securityContext": {"runAsNonRoot": True, "runAsUser": 10001, "seccompProfile": {"type": "RuntimeDefault"}},
-        "containers": [container], "terminationGracePeriodSeconds": 1,
-    }  # fmt: skip
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": namespace}, "spec": spec | volumes}
 
 
 def test_restricted_is_enforced(kube: Kube, federation: Federation) -> None:
