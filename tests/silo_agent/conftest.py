@@ -1,4 +1,4 @@
-"""A hospital, and its command line."""
+"""A hospital and its command line; an agent between a scripted aggregator and scripted helpers."""
 
 import sys
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ import pytest
 import structlog
 
 from silo_agent.cli import main
+from tests.silo_agent.world import World
 from tests.support.hospital import Hospital, Typed
 
 
@@ -35,3 +36,10 @@ def typed(hospital: Hospital, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     yield type_
     structlog.reset_defaults()  # `run` configures the log on this test's stderr
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.state.close()
