@@ -2,6 +2,9 @@
 .DEFAULT_GOAL := help
 SEED ?= 1
 TASK ?= segmentation
+ifneq (,$(findstring command line,$(origin task) $(origin seed)))
+$(error TASK and SEED are written in capitals: make demo TASK=classification SEED=2)
+endif
 .PHONY: help setup demo mlflow federation demo-result demo-clean test test-cluster test-browser pictures check lint lock
 
 help:

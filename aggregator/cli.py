@@ -153,7 +153,7 @@ def submit(
         active = check_fits(plan, found.store)
         name = found.store.submit(plan, person())
         tell_unserved(found.store)
-    print_facts({"run": name, "asked": active}, json_)
+    print_facts({"run": name, "asked": active, "next": f"aggregator run watch {name}"}, json_)
 
 
 # --- silos -----------------------------------------------------------------------------------------------------------------------

@@ -288,7 +288,8 @@ def _print_rehearsal(about: dict[str, Any]) -> None:
         | {f"MB_{way}": f"{one['bytes'][way] / 1e6:.2f}" for way in ("upload", "download")}
         for silo, one in about.get("silos", {}).items()
     ]
-    print_rows("seconds", rows, False, ("silo", *rehearsal.PHASES, "MB_upload", "MB_download"))
+    if rows:
+        print_rows("seconds", rows, False, ("silo", *rehearsal.PHASES, "MB_upload", "MB_download"))
     named = {"fold_s": "fold", "round_s": "round", "proposed_deadline_s": "proposed aggregation.deadline_s"}
     for key, name in named.items():
         if key in about:

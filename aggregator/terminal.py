@@ -14,7 +14,7 @@ from rich.table import Table
 from aggregator.config import Settings, load_settings
 from aggregator.folder import Opened
 from aggregator.store import Store
-from wardround.cli import print_facts
+from wardround.cli import in_words, print_facts
 
 
 def settings_of(context: typer.Context) -> Settings:
@@ -51,7 +51,7 @@ def print_rows(title: str, rows: list[dict[str, Any]], as_json: bool, columns: t
         return
     table = Table(*(column.replace("_", " ") for column in columns))
     for row in rows:
-        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
+        table.add_row(*(in_words(row[column]) for column in columns))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

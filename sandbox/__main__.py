@@ -67,6 +67,9 @@ def serve(root: Path, hospitals: bool) -> None:
     federation = root / "federation"
     if not federation.exists():
         raise WardroundError("no demo has run yet: make demo")
+    silos = sorted((federation / "silos").iterdir()) if (federation / "silos").exists() else []
+    if hospitals and not (silos and all((silo / "data" / "state.sqlite").exists() for silo in silos)):
+        raise WardroundError("the newest demo was cut off before its hospitals had enrolled: make demo")
     uri = yaml.safe_load((federation / "aggregator.yaml").read_text())["mlflow"]
     mlflow = start_mlflow(root / "mlflow", urlsplit(uri).port)
     try:
@@ -74,7 +77,7 @@ def serve(root: Path, hospitals: bool) -> None:
             if hospitals:
                 config = ("--config", str(federation / "aggregator.yaml"))
                 programs.start("aggregator", tool("aggregator", *config, "serve"), federation / "aggregator.log")
-                for silo in sorted((federation / "silos").iterdir()):
+                for silo in silos:
                     config = ("--config", str(silo / "silo-agent.yaml"))
                     programs.start(silo.name, tool("silo-agent", *config, "run"), federation / f"{silo.name}.log")
             print(

@@ -75,10 +75,12 @@ class Actions:
         log.info("plan judged", run=offer.run, accepted=code is None, reason=reason)
 
     def refuse(self, offer: pb.Offer) -> None:
+        """Of a run that has ended meanwhile nobody asks any more."""
         row = self.held.row(offer.run)
         reason = ASK_IT if row["code"] == UNUSABLE else row["reason"]
         body = pb.Refusal(run=offer.run, plan_digest=offer.facts.plan_digest, code=row["code"], reason=reason)
-        self.held.post("refusal", run_ctx(self.held.federation, offer.run, offer.facts.plan_digest), body)
+        if offer.phase not in (pb.COMPLETED, pb.FAILED, pb.ABORTED):
+            self.held.post("refusal", run_ctx(self.held.federation, offer.run, offer.facts.plan_digest), body)
         self.held.state.set_stance(offer.run, Stance.REFUSED)
 
     def snapshot(self, offer: pb.Offer) -> None:

@@ -13,6 +13,7 @@ from silo_agent.client import Credentials
 from silo_agent.config import Settings, load_settings
 from silo_agent.custody.door import Door, new_secret
 from silo_agent.custody.enrollment import enroll_request, read_enrollment
+from silo_agent.custody.installation import only_agent
 from silo_agent.custody.keys import SiloKeys
 from silo_agent.custody.policy import judge, load_policy
 from silo_agent.custody.state import State
@@ -23,12 +24,13 @@ from silo_agent.plan_cli import plan_app
 from silo_agent.preflight import Finding, look_home, look_out
 from silo_agent.roster_cli import roster_app
 from silo_agent.status_cli import status
+from wardround.accounting import round_event
 from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, print_facts
 from wardround.cli import run as run_command_line
 from wardround.errors import PolicyRefusal, SettingsError, UsageError, WardroundError
 from wardround.kube import ClusterApi
-from wardround.plan import load_plan
+from wardround.plan import Plan, load_plan
 from wardround.roster import Member
 
 if TYPE_CHECKING:
@@ -195,7 +197,10 @@ def run(
         raise SettingsError("--seed makes randomness reproducible, not private: it needs allow_seeded_noise: true in the policy")
     keys = SiloKeys.open(settings.data / "keys")
     state = State(settings.data / "state.sqlite", keys.audit)
-    with tempfile.TemporaryDirectory(prefix="wr-") as folder:  # a Unix socket's name has at most 107 bytes
+    with (
+        only_agent(settings.data),
+        tempfile.TemporaryDirectory(prefix="wr-") as folder,
+    ):  # a socket's name has at most 107 bytes
         desk, helpers = _staff(settings, Path(folder), (state.meta("silo") or b"").decode())
         agent = Agent(settings, policy, keys, state, desk, helpers, seed)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -307,19 +312,20 @@ def data_check(
 def policy_check(
     context: typer.Context, plan: Annotated[Path, typer.Argument(help="The plan, YAML.")], json_: Json = False
 ) -> None:
-    """Whether this hospital would join a plan: its policy and its dataset bindings, in words.
+    """Whether this hospital would join a plan: its policy, its dataset bindings and what its ledger has left, in words.
 
     \b
     Example:
       silo-agent policy check brain-tissue.yaml
 
-    Exit code 0 when it would, 3 when the policy refuses.
+    Exit code 0 when it would, 3 when the policy or the ledger refuses. Nothing is reserved.
     """
     settings, parsed = _settings(context), load_plan(plan)
     settings.dataset(parsed.dataset).check_labels(parsed)
     policy = load_policy(settings.policy)
     try:
         judge(policy, parsed)
+        _would_fit(settings, parsed)
     except PolicyRefusal as refusal:
         if not json_:
             raise
@@ -336,6 +342,15 @@ def policy_check(
     if policy.hours:
         facts["hours"] = f"a round's training begins {policy.hours} ({policy.time_zone}) on {', '.join(policy.days)}"
     print_facts(facts, json_)
+
+
+def _would_fit(settings: Settings, plan: Plan) -> None:
+    """Raises PolicyRefusal with the ledger's sum. A hospital that never ran has no ledger yet, and nothing spent."""
+    event, database = round_event(plan), settings.data / "state.sqlite"
+    if event is not None and database.exists():
+        with State(database).ledger() as ledger:
+            if ledger.lines:
+                ledger.check(plan.name, event, plan.rounds)
 
 
 def main() -> None:

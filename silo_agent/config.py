@@ -142,7 +142,8 @@ class Settings(_Part):
         if name not in self.datasets:
             bound = ", ".join(sorted(self.datasets)) or "none"
             raise DataError(
-                f"this hospital binds no dataset {name!r} (bound here: {bound}): add it under `datasets` in the settings"
+                f"this hospital binds no dataset {name!r} (bound here: {bound}): "
+                "the plan names one that is, or the hospital adds it under `datasets` in its settings"
             )
         return self.datasets[name]
 

@@ -54,7 +54,8 @@ def show(
 
     epsilon is the privacy loss of the worst-off patient, by PLD, over all events. The cap is enforced by a filter that stays valid
     when later runs depend on earlier results; it is a little stricter, and its shares add up to 100 %. `order` is the Rényi order
-    it adds up at, `head` the newest line and its hash, `missing` which lines others saw that a restored backup lacks.
+    it adds up at (docs/words.md), `head` the newest line and its hash, `missing` which lines others saw that a
+    restored backup lacks.
     """
     state = State(load_settings(context.obj).data / "state.sqlite")
     with state.ledger() as ledger:

@@ -21,9 +21,8 @@ NOT_FOR = (
     "Research software. It is no medical device and was never validated for one: not for diagnosis, treatment or any "
     "decision about a "
     "patient.",
-    "Not for other modalities, body regions, contrasts or spacings than it was trained on, nor for scanners that differ "
-    "from those of "
-    "the hospitals below: nothing here measures that.",
+    "Not for other modalities, body regions or ways of acquisition than it was trained on, nor for devices that differ from those "
+    "of the hospitals below: nothing here measures that.",
     "Not a proof of anybody's privacy beyond the sentence under Privacy.",
 )
 LIBRARIES = ("monai", "numpy", "torch")
@@ -216,10 +215,11 @@ def _measured(released: Released) -> list[str]:
     rows = "\n".join(
         ["| measure | mean |", "|---|---|", *(f"| {name} | {value:g} |" for name, value in sorted(released.means.items()))]
     )
+    over = "of a hospital's studies together" if released.plan.task == "classification" else "a mean over patients"
     return [
-        "On the hospitals' own validation patients, who trained nothing; a mean over patients, then over hospitals, to 3 "
-        "decimals. No "
-        "test on a hospital outside the federation. The rounds were watched on the same patients.",
+        f"On the hospitals' own validation patients, who trained nothing; {over}, then a mean over hospitals, to 3 decimals. No "
+        "test on a hospital outside the federation, and none on patients that nobody watched: the rounds were watched on the same "
+        "patients, so on others it may be less.",
         rows,
     ]
 

@@ -49,7 +49,14 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         for item in value if isinstance(value, list) else [value]:
-            print(f"{name.replace('_', ' '):<{width}}  {item}")
+            print(f"{name.replace('_', ' '):<{width}}  {in_words(item)}")
+
+
+def in_words(value: Any) -> str:
+    """As people read it: yes and no, and nothing where there is none."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)
 
 
 app = command_line("Wardround, offline: check plans, sign rosters, verify audit chains. Nothing here needs a network.")

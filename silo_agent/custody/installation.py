@@ -2,6 +2,7 @@
 written before it is sent; each method is one transaction, and the audit record of a decision is in the same transaction as the
 decision. state.py adds the runs."""
 
+import fcntl
 import os
 import sqlite3
 import threading
@@ -17,13 +18,27 @@ from silo_agent.custody import ledger
 from silo_agent.custody.ledger import Ledger
 from silo_agent.custody.schema import SCHEMA
 from wardround import audit
-from wardround.errors import SettingsError, StorageError
+from wardround.errors import ConflictError, SettingsError, StorageError
 
 BUSY_TIMEOUT_S = 10.0
 
 
 def now_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+@contextmanager
+def only_agent(data: Path) -> Iterator[None]:
+    """A second agent on a hospital's folder would answer for the same silo from the same database. A kill lets go of it."""
+    file = os.open(data / "agent.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConflictError("another silo-agent runs on this data folder; end it first. This one has done nothing") from None
+        yield
+    finally:
+        os.close(file)
 
 
 class Installation:

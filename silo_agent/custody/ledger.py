@@ -15,16 +15,17 @@ import json
 import math
 import os
 import sqlite3
-from bisect import bisect_right
+from bisect import bisect_left
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from wardround.accounting import MAX_EPSILON_CAP, Event, filter_order, rdp_budget, rdp_cost
+from wardround.accounting import MAX_EPSILON_CAP, MAX_NOISE_MULTIPLIER, Event, filter_order, pld_epsilon, rdp_budget, rdp_cost
 from wardround.canonical import canonical_json, frame, sha256
 from wardround.errors import ConflictError, IntegrityError, MessageError, PolicyRefusal, SettingsError
 
+NOISE_STEP = 1.02  # between the noise multipliers that are tried for a plan that would fit
 GENESIS = bytes(32)  # `previous` of the first line
 RESTORE = "restore the newest backup of the silo's database; lines after it are entered by hand"
 HEAD_BYTES = 40  # of UploadHeader.ledger_head: seq as a big-endian u64, hash
@@ -180,15 +181,28 @@ class Ledger:
         asked, taken = Counter({event: rounds}), self.spent + self.reserved
         if self.share(taken + asked) <= 1:
             return
-        fits = bisect_right(range(1, rounds), 1.0, key=lambda number: self.share(taken + Counter({event: number})))
+        lever = _lever(0.0 if run in self.runs else self._fitting(event, rounds, taken))
         holders = ", ".join([name for name, one in self.runs.items() if one.left and name != run][:3])
         raise PolicyRefusal(
             f"policy epsilon_cap is {self.epsilon_cap:g} at delta {self.delta:g}; run {run} asks {_percent(self.share(asked))} of "
             f"it ({rounds} x {event.steps} steps at sample rate {event.sample_rate:g} and noise multiplier "
             f"{event.noise_multiplier:g}), {_percent(self.share(self.spent))} is spent, {_percent(self.share(self.reserved))} "
-            f"reserved{' by ' + holders if holders else ''}, {_percent(max(1 - self.share(taken), 0))} left: it fits {fits} of the "
-            f"{rounds} rounds. Either the plan asks for less, or the hospital raises epsilon_cap."
+            f"reserved{' by ' + holders if holders else ''}, {_percent(max(1 - self.share(taken), 0))} left. {lever}"
         )
+
+    def _fitting(self, event: Event, rounds: int, taken: Counter[Event]) -> float:
+        """The greatest epsilon, to two digits, of a plan with these rounds that would fit beside `taken`; 0 when none would."""
+
+        def asked(index: int) -> Counter[Event]:
+            return Counter({replace(event, noise_multiplier=event.noise_multiplier * NOISE_STEP**index): rounds})
+
+        tries = int(math.log(MAX_NOISE_MULTIPLIER / event.noise_multiplier, NOISE_STEP))
+        index = bisect_left(range(tries), True, key=lambda index: self.share(taken + asked(index)) <= 1)
+        if index >= tries:
+            return 0.0
+        epsilon = pld_epsilon(asked(index), self.delta)
+        digits = 1 - math.floor(math.log10(epsilon))
+        return float(math.floor(epsilon * 10**digits) / 10**digits)
 
     def _check_ready(self) -> None:
         """Raises SettingsError without a cap, IntegrityError while lines that others saw are missing here."""
@@ -311,6 +325,14 @@ def _parsed(text: str, seq: int) -> dict[str, Any]:
 
 def _changed(seq: int) -> IntegrityError:
     return IntegrityError(f"line {seq} of the privacy ledger was changed after it was written: {RESTORE}")
+
+
+def _lever(fitting: float) -> str:
+    """What to do about a run that does not fit. Fewer rounds are no way: the noise follows from the plan's epsilon."""
+    raises = "the hospital raises epsilon_cap in its policy and restarts its agent"
+    if not fitting:
+        return f"No further round of it trains here until {raises}."
+    return f"Either the plan asks for less (with as many rounds privacy.epsilon: {fitting:g} would fit), or {raises}."
 
 
 def _percent(share: float) -> str:

@@ -137,7 +137,7 @@ def test_a_rehearsal_is_no_run_to_compare_or_report_on(aggregator: TestAggregato
     assert aggregator.store.unprojected() == ["tiny-1"]  # MLflow hears of no rehearsal
     code, out, _ = command("run", "show", names[0])
     assert code == 0 and "proposed aggregation.deadline_s: 60" in out and "charite" in out
-    assert "True" in command("run", "list")[1]
+    assert "yes" in command("run", "list")[1]
 
 
 def test_abort_is_seen_by_the_server_and_watch_says_it_failed(aggregator: TestAggregator, command: Any) -> None:

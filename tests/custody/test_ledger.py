@@ -14,7 +14,7 @@ from silo_agent.custody import ledger as module
 from silo_agent.custody.ledger import Ledger
 from silo_agent.custody.state import State
 from tests.support.identities import ed25519, public
-from wardround.accounting import Event, pld_epsilon, rdp_budget
+from wardround.accounting import Event, noise_multiplier, pld_epsilon, rdp_budget
 from wardround.audit import verify_file
 from wardround.canonical import canonical_json
 from wardround.errors import ConflictError, IntegrityError, MessageError, PolicyRefusal, SettingsError, StorageError
@@ -105,14 +105,19 @@ def test_a_refusal_says_asked_spent_reserved_left_and_what_fits(state: State) ->
         do(state, reserve("three", 8))
     assert str(refused.value) == (
         f"policy epsilon_cap is 8 at delta 1e-05; run three asks 80 % of it (8 x 1 steps at sample rate 1 and noise multiplier "
-        f"{TENTH.noise_multiplier:g}), 20 % is spent, 50 % reserved by one, two, 30 % left: it fits 3 of the 8 rounds. "
-        "Either the plan asks for less, or the hospital raises epsilon_cap."
+        f"{TENTH.noise_multiplier:g}), 20 % is spent, 50 % reserved by one, two, 30 % left. "
+        "Either the plan asks for less (with as many rounds privacy.epsilon: 3.6 would fit), or the hospital raises epsilon_cap in "
+        "its policy and restarts its agent."
     )
     assert shares(state) == (2, 5)
     do(state, lambda ledger: ledger.check("three", TENTH, 3))
+    fits, not_quite = (Event(1.0, noise_multiplier(epsilon, DELTA, 1.0, 8), 1) for epsilon in (3.6, 3.8))
+    do(state, lambda ledger: ledger.check("three", fits, 8))
+    with pytest.raises(PolicyRefusal):
+        do(state, lambda ledger: ledger.check("three", not_quite, 8))
     assert shares(state) == (2, 5)  # a check reserves nothing
     do(state, reserve("three", 3))
-    with pytest.raises(PolicyRefusal, match="0 % left: it fits 0 of the 1 rounds"):
+    with pytest.raises(PolicyRefusal, match=r"0 % left\. No further round of it trains here until the hospital raises epsilon_cap"):
         do(state, reserve("four", 1))
     do(state, release("two"), reserve("four", 4))
 
@@ -155,7 +160,7 @@ def test_a_closed_event_never_opens_again_under_its_key(state: State) -> None:
 def test_events_beyond_the_reserved_ones_need_room_of_their_own(state: State) -> None:
     do(state, reserve("one", 8), reserve("two", 1), open_("one", 1, A), open_("one", 1, B))
     assert shares(state) == (2, 8)
-    with pytest.raises(PolicyRefusal, match="it fits 0 of the 1 rounds"):
+    with pytest.raises(PolicyRefusal, match="No further round of it trains here until the hospital raises epsilon_cap"):
         do(state, open_("one", 1, A))
     do(state, open_("one", 2))  # what was reserved stays
 

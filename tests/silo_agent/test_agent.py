@@ -80,6 +80,16 @@ def test_a_plan_against_the_policy_is_refused_with_the_line_that_says_so(tmp_pat
     world.state.close()
 
 
+def test_a_refusal_of_a_run_that_has_ended_is_told_nobody_and_stands(world: World) -> None:
+    invited = world.invited(plan_digest=tiny(rounds=9).digest)
+    world.steps(invited, "judge")
+    invited.phase = pb.FAILED
+    world.steps(invited, "refuse", "settled")
+    assert world.client.posted == []
+    row = world.state.run(RUN)
+    assert row is not None and (row["stance"], row["code"]) == ("refused", "message")
+
+
 def test_a_dataset_that_is_not_bound_here_is_refused(world: World) -> None:
     other = tiny(dataset="liver-ct")
     told = refusal(world, world.invited(plan=other.canonical(), plan_digest=other.digest))

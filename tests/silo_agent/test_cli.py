@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from silo_agent.custody.installation import only_agent
 from tests.support.hospital import BINDING, Hospital, Typed
 from tests.support.identities import OPERATOR, ed25519, member
-from tests.support.plans import TINY
+from tests.support.plans import TINY, private
+from wardround.accounting import round_event
 from wardround.canonical import digest_name
 from wardround.errors import IdentityError
 from wardround.pb import federation_pb2 as pb
@@ -84,6 +86,28 @@ def test_policy_check_says_yes_or_which_line_says_no(hospital: Hospital, typed: 
     status, out, _ = typed("policy", "check", plan, "--json")
     assert status == 3 and json.loads(out)["accepted"] is False and "min_silos is 5" in json.loads(out)["reason"]
     assert "min_silos is 5" in refused(typed("policy", "check", plan))
+
+
+def test_policy_check_asks_the_ledger_too_and_reserves_nothing(hospital: Hospital, typed: Typed, tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text("{min_silos: 2, allow_two_silo_sum: true}")
+    plan = tmp_path / "plan.yaml"
+    plan.write_bytes(private(rounds=4, epsilon=2.0).canonical())
+    with hospital.state.ledger() as ledger:
+        ledger.set_cap(3.0, 1e-5, 1)
+    assert typed("policy", "check", plan)[0] == 0
+    with hospital.state.ledger() as ledger:
+        ledger.reserve("tiny-1", round_event(private(rounds=4, epsilon=2.0)), 4, 2)
+        lines = len(ledger.lines)
+    told = refused(typed("policy", "check", plan))
+    assert "reserved by tiny-1" in told and "privacy.epsilon: " in told
+    with hospital.state.ledger() as ledger:
+        assert len(ledger.lines) == lines
+
+
+def test_a_second_agent_on_a_hospitals_folder_does_nothing(hospital: Hospital, typed: Typed, tmp_path: Path) -> None:
+    with only_agent(hospital.settings.data):
+        told = refused(typed("run"))
+    assert "another silo-agent runs on this data folder" in told
 
 
 def test_policy_check_names_a_dataset_that_is_not_bound(typed: Typed, tmp_path: Path) -> None:

@@ -11,14 +11,13 @@ from silo_agent import model_cli
 from silo_agent.custody.spool import Spool
 from silo_agent.secure_sum.global_model import GlobalModel
 from silo_agent.work import TrainerResult, TrainerWork
-from tests.silo_agent.test_cli import Typed, hospital, refused, typed
-from tests.support.hospital import Hospital
+from tests.silo_agent.test_cli import refused
+from tests.support.hospital import Hospital, Typed
 from tests.support.plans import tiny
 from wardround.canonical import digest_name
 from wardround.layout import layout_of
 from wardround.release import parameters_digest, safetensors_header
 
-__all__ = ["hospital", "typed"]
 PLAN = tiny()
 MODEL = GlobalModel.initial(np.linspace(-1, 1, layout_of(PLAN).num_parameters).astype("<f4").tobytes(), layout_of(PLAN))
 
