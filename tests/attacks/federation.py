@@ -1,6 +1,8 @@
 """Real silo agents around a real aggregator, over real TLS: only what trains is a script. An attack replaces one step of one party;
 everything else is the product."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -140,6 +142,20 @@ class Silo:
             except MessageError as error:  # the run ended between the offer and the answer: the loop looks again
                 if "takes no answers any more" not in str(error):
                     raise
+
+    @contextmanager
+    def waiting_before(self, action: Action) -> Iterator[None]:
+        """It takes its other steps, and tries this one again and again."""
+
+        def later(_offer: pb.Offer) -> None:
+            raise Disconnected("not yet")
+
+        assert callable(getattr(self.agent.actions, action.value))
+        setattr(self.agent.actions, action.value, later)
+        try:
+            yield
+        finally:
+            delattr(self.agent.actions, action.value)
 
     def epoch_keys(self, run: str, number: int = 1) -> EpochKeys:
         return self.agent.held.keyring.keys(self.agent.held.run(run), number)

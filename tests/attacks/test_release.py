@@ -7,13 +7,14 @@ import pytest
 
 from silo_agent import release
 from silo_agent.custody.policy import Policy
+from silo_agent.round import Action
 from silo_agent.secure_sum.global_model import GlobalModel
 from tests.aggregator.test_statements import records
 from tests.attacks.federation import LAYOUT, PLAN, Hospitals, Silo
 from tests.attacks.test_replays import altered
 from tests.support.plans import private, tiny
 from wardround.canonical import sha256
-from wardround.errors import Disconnected, IntegrityError, MessageError, PolicyRefusal
+from wardround.errors import IntegrityError, MessageError, PolicyRefusal
 from wardround.messages import run_ctx, sign
 from wardround.pb import federation_pb2 as pb
 from wardround.release import parameters_digest, quorum, split_content
@@ -46,14 +47,8 @@ def completed(hospitals: Hospitals, run: str, *silos: Silo) -> str:
 
 def closing(hospitals: Hospitals, run: str) -> None:
     """Until the closing round is complete and the bundle is due from charite, which waits with it."""
-
-    def later(_offer: pb.Offer) -> None:
-        raise Disconnected("not yet")
-
-    charite = hospitals.silos["charite"].agent
-    charite._release = later
-    hospitals.reach(run, OPEN.rounds + 1, "completed")
-    del charite._release
+    with hospitals.silos["charite"].waiting_before(Action.RELEASE):
+        hospitals.reach(run, OPEN.rounds + 1, "completed")
 
 
 def parameters(silo: Silo, run: str) -> bytes:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from silo_agent.round import Action
 from tests.aggregator.test_statements import records
 from tests.attacks.federation import Hospitals, Silo
 from wardround.canonical import sha256
@@ -164,8 +165,9 @@ def test_a_model_report_that_lies_ends_the_run_before_anyone_builds_on_it(
 def test_a_report_that_another_silo_signed_is_nobodys(hospitals: Hospitals) -> None:
     """The aggregator makes up a report, to have the others stop: it has no silo's key."""
     run = hospitals.start()
-    hospitals.reach(run, 1, "evaluating")
-    silo = next(silo for silo in hospitals.all if silo.model_round(run) == 0)
+    silo = hospitals.silos["leuven"]
+    with silo.waiting_before(Action.APPLY):
+        hospitals.reach(run, 1, "evaluating")
     offer = silo.poll()
     facts = offer.sums[0].facts
     forged = sign("model-report", facts.ctx, pb.ModelReport(round=1, model_mac=b"m" * 32), "charite", silo.keys.audit)
@@ -179,8 +181,9 @@ def test_a_report_that_another_silo_signed_is_nobodys(hospitals: Hospitals) -> N
 def test_a_sum_or_checkpoint_of_another_size_is_not_fetched(hospitals: Hospitals, num_bytes: int) -> None:
     """Not a byte of it: neither a terabyte nor nothing at all."""
     run = hospitals.start()
-    hospitals.reach(run, 1, "evaluating")
-    silo = next(silo for silo in hospitals.all if silo.model_round(run) == 0)
+    silo = hospitals.silos["leuven"]
+    with silo.waiting_before(Action.APPLY):
+        hospitals.reach(run, 1, "evaluating")
     offer = silo.poll()
     offer.sums[0].num_bytes = num_bytes
     with pytest.raises(IntegrityError, match=f"offers {num_bytes} bytes of round 1, not [0-9]+: nothing is fetched"):
