@@ -2,7 +2,7 @@
 everything else is the product."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -210,6 +210,13 @@ class Hospitals:
             return (found[0], found[2]) == (round_, phase)
 
         self.until(reached, *silos)
+
+    def reach_first_sum(self, run: str) -> None:
+        """It is published, and nobody has taken it yet."""
+        with ExitStack() as waiting:
+            for silo in self.all:
+                waiting.enter_context(silo.waiting_before(Action.APPLY))
+            self.reach(run, 1, "evaluating")
 
     def failed(self, run: str) -> str:
         """Why the run failed, once it has."""

@@ -115,7 +115,7 @@ def _never(_offer: pb.Offer) -> None:
 def test_a_silo_that_says_the_rule_stands_elsewhere_is_not_believed(willing: Hospitals) -> None:
     employ(willing)
     run = willing.start(stopping())
-    willing.reach(run, 1, "evaluating")
+    willing.reach_first_sum(run)
     silo = willing.all[0]
     send, lies = silo.agent.held.post, []
 

@@ -52,7 +52,7 @@ def test_a_rehearsal_ends_after_one_round_and_its_model_is_not_taken(willing: Ho
 def test_a_report_of_a_rehearsal_names_no_parameters(willing: Hospitals) -> None:
     """Not even of a silo that would sign them."""
     run = willing.start(REHEARSED)
-    willing.reach(run, 1, "evaluating")
+    willing.reach_first_sum(run)
     silo = willing.silos["leuven"]
     willing.until(lambda: silo.model_round(run) == 1, silo)
     ctx = willing.aggregator.store.run(run).attempt.facts.ctx

@@ -205,7 +205,7 @@ def test_a_policy_that_changed_meanwhile_is_a_signature_less(willing: Hospitals)
 
 def test_a_report_of_another_round_or_plan_carries_no_digest_of_parameters(willing: Hospitals) -> None:
     run = willing.start()
-    willing.reach(run, 1, "evaluating")
+    willing.reach_first_sum(run)
     leuven = willing.silos["leuven"]
     sent: list[pb.Signed] = []
     leuven.agent.held.membership.dial().post = lambda signed: sent.append(signed) or pb.Receipt()

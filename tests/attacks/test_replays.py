@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from silo_agent.round import Action
 from tests.aggregator.test_statements import records
 from tests.attacks.federation import Hospitals, Silo
 from wardround.canonical import sha256
@@ -152,7 +151,7 @@ def test_a_model_report_that_lies_ends_the_run_before_anyone_builds_on_it(
     """Also where nobody else has reported yet, so that the aggregator has nothing to compare it with."""
     run = hospitals.start()
     liar = hospitals.silos["charite"]
-    hospitals.reach(run, 1, "evaluating")
+    hospitals.reach_first_sum(run)
     client = liar.agent.held.membership.dial()
     post = client.post
     monkeypatch.setattr(client, "post", lambda signed: post(altered(liar, signed, pb.ModelReport, model_mac=b"m" * 32)))
@@ -166,8 +165,7 @@ def test_a_report_that_another_silo_signed_is_nobodys(hospitals: Hospitals) -> N
     """The aggregator makes up a report, to have the others stop: it has no silo's key."""
     run = hospitals.start()
     silo = hospitals.silos["leuven"]
-    with silo.waiting_before(Action.APPLY):
-        hospitals.reach(run, 1, "evaluating")
+    hospitals.reach_first_sum(run)
     offer = silo.poll()
     facts = offer.sums[0].facts
     forged = sign("model-report", facts.ctx, pb.ModelReport(round=1, model_mac=b"m" * 32), "charite", silo.keys.audit)
@@ -182,8 +180,7 @@ def test_a_sum_or_checkpoint_of_another_size_is_not_fetched(hospitals: Hospitals
     """Not a byte of it: neither a terabyte nor nothing at all."""
     run = hospitals.start()
     silo = hospitals.silos["leuven"]
-    with silo.waiting_before(Action.APPLY):
-        hospitals.reach(run, 1, "evaluating")
+    hospitals.reach_first_sum(run)
     offer = silo.poll()
     offer.sums[0].num_bytes = num_bytes
     with pytest.raises(IntegrityError, match=f"offers {num_bytes} bytes of round 1, not [0-9]+: nothing is fetched"):
