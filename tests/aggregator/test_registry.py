@@ -86,6 +86,7 @@ def bundle_files_of(view: RunView) -> dict[str, bytes]:
     return dict(Shelf().bundle(view))
 
 
+@pytest.mark.slow
 def test_killed_between_any_two_calls_and_repeated_nothing_is_there_twice(client: MlflowClient, outage: Outage) -> None:
     """Every call of a whole projection; the alias and its tag as well."""
 

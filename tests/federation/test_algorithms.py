@@ -25,6 +25,7 @@ from wardround.training import FedAdam, FedNova, FedProx, FedYogi, Optimizer, Sc
 
 ROUNDS, RATE = 4, 0.1
 CURVATURES, PATIENTS = (0.3, 1.0, 3.0), (10, 20, 60)  # of training; all declare 20 patients
+pytestmark = pytest.mark.slow
 SIZE = trained_layout(tiny()).num_parameters
 START = np.where(np.arange(SIZE) % 2, 0.5, -0.5).astype("<f4")  # so every array starts with bounds that hold these updates
 TARGETS = [0.1 * np.cos(np.arange(SIZE) * (1.0 + number)) for number in range(3)]

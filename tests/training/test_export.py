@@ -40,6 +40,7 @@ NETWORKS: list[tuple[Any, tuple[int, ...]]] = [
 ]
 
 
+pytestmark = pytest.mark.slow
 PHOTOGRAPHS = {"modality": "DMS", "images": 2, "patch": [32, 32]}
 CLASSIFIERS: list[dict[str, Any]] = [
     {"network": "RandomFeatures", "features": 8, "kernel": 5, "seed": 7},
