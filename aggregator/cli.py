@@ -7,6 +7,8 @@ import sqlite3
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +18,7 @@ from aggregator.control import check_fits, continued, parent_of, silo_rows
 from aggregator.run_cli import run_app
 from aggregator.telemetry import configure
 from aggregator.terminal import opened, person, print_rows, settings_of, tell_unserved, when
-from wardround.cli import Json, command_line, plan_facts, print_facts, run
+from wardround.cli import Json, command_line, or_stdin, plan_facts, print_facts, run
 from wardround.errors import ConflictError, SettingsError, StorageError
 from wardround.keyfiles import write_secret
 from wardround.kube import ClusterApi
@@ -173,8 +175,8 @@ def token(
       aggregator silo token st-marys charite leuven --out letters
       kubectl -n wardround exec deploy/aggregator -- aggregator silo token st-marys charite leuven --out - | tar x
     """
-    made, archive = [], tarfile.open(fileobj=sys.stdout.buffer, mode="w|") if str(out) == "-" else None  # noqa: SIM115 - closed below, where there is one
-    with opened(context) as found:
+    made = []
+    with opened(context) as found, _archive(out) as archive:
         settings = found.settings
         for silo in names:
             data, serial, expires = found.pki.make_enrollment(silo, settings.host, settings.port, settings.operator_public_key())
@@ -193,10 +195,18 @@ def token(
             except OSError as error:
                 raise StorageError(f"the enrolment file cannot be written: {error.strerror}") from None
             made.append({"silo": silo, "file": path.name, "expires": expires.isoformat(timespec="minutes")})
-    if archive is not None:
-        archive.close()
+    if archive is None:
+        print_rows("tokens", made, json_, ("silo", "file", "expires"))
+
+
+@contextmanager
+def _archive(out: Path) -> Iterator[tarfile.TarFile | None]:
+    """A tar archive on standard output, where `out` is a dash."""
+    if str(out) != "-":
+        yield None
         return
-    print_rows("tokens", made, json_, ("silo", "file", "expires"))
+    with tarfile.open(fileobj=sys.stdout.buffer, mode="w|") as archive:
+        yield archive
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -262,7 +272,10 @@ def roster_draft(context: typer.Context, json_: Json = False) -> None:
 @roster_app.command("publish")
 def roster_publish(
     context: typer.Context,
-    file: Annotated[typer.FileBinaryRead, typer.Argument(help="roster.json as signed; - is standard input.")] = "-",  # type: ignore[assignment]  # typer opens the name
+    file: Annotated[
+        typer.FileBinaryRead,
+        or_stdin("roster.json as signed"),
+    ],
     json_: Json = False,
 ) -> None:
     """Accept a roster that the operator signed: silos get it with their next poll.

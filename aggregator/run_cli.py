@@ -309,18 +309,18 @@ def _notes(state: RunState) -> list[str]:
 
 
 def _watch_lines(store: Store, name: str, as_json: bool, to: TextIO | None = None) -> str:
-    shown: tuple[str, ...] = ()
+    situation, worth = "", ""
     while True:
         state = store.run(name)
-        measured = _newest(store, state)
-        told = (_worth(state, measured), standing(state, store))
-        if told != shown:
+        summary = _summary(state, store)
+        if summary["situation"] != situation:  # a model is measured by a round that ends, and then another situation begins
+            situation, measured, before = summary["situation"], _newest(store, state), worth
+            worth = _worth(state, measured)
             if as_json:
-                print_facts(_summary(state, store) | {"measured": measured, "notes": _notes(state)}, True)
+                print_facts(summary | {"measured": measured, "notes": _notes(state)}, True)
             else:
-                print(*(line for line in told if line and line not in shown), sep="\n", file=to)
+                print(*([worth] if worth != before else []), situation, sep="\n", file=to)
             (to or sys.stdout).flush()
-            shown = told
         if state.phase in ENDED:
             return state.phase
         time.sleep(WATCH_S)

@@ -197,7 +197,8 @@ def _metrics_server(address: str, port: int, healthy: Callable[[], bool]) -> WSG
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ.get("PATH_INFO") != "/health":
-            return metrics(environ, start_response)  # type: ignore[no-any-return]  # a WSGI answer
+            measured: Iterable[bytes] = metrics(environ, start_response)
+            return measured
         up = healthy()
         start_response("200 OK" if up else "503 Service Unavailable", [("Content-Type", "text/plain")])
         return [b"serving\n" if up else b"draining\n"]

@@ -10,6 +10,23 @@ from wardround.canonical import frame, sha256
 from wardround.plan import Plan
 
 
+def _event(plan: Plan, declared_patients: int) -> accounting.Event | None:
+    """What a round costs; None: nothing. Raises PlanError, DataError."""
+    event = accounting.round_event(plan)
+    if event is not None:
+        accounting.batch_constant(event.sample_rate, declared_patients)
+    return event
+
+
+def would_fit(state: State, plan: Plan, declared_patients: int) -> None:
+    """Raises what `reserve` would, and writes nothing. A hospital whose agent never ran has no ledger yet, and nothing spent."""
+    event = _event(plan, declared_patients)
+    if event is not None:
+        with state.ledger() as ledger:
+            if ledger.lines:
+                ledger.check(plan.name, event, plan.rounds)
+
+
 class Budget:
     """Each call is one transaction of the ledger and may simply be made again after a kill."""
 
@@ -23,9 +40,8 @@ class Budget:
         """All rounds of a plan, before it is accepted. Raises PolicyRefusal with the ledger's sum, PlanError, DataError.
 
         Of a rehearsal: raises the same, reserves nothing."""
-        event = accounting.round_event(plan)
+        event = _event(plan, declared_patients)
         if event is not None:
-            accounting.batch_constant(event.sample_rate, declared_patients)
             with self._state.ledger() as ledger:
                 if plan.rehearse:
                     ledger.check(run, event, plan.rounds)

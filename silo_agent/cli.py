@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from silo_agent.budget import would_fit
 from silo_agent.client import Credentials
 from silo_agent.config import Settings, load_settings
 from silo_agent.custody.door import Door, new_secret
@@ -24,13 +25,12 @@ from silo_agent.plan_cli import plan_app
 from silo_agent.preflight import Finding, look_home, look_out
 from silo_agent.roster_cli import roster_app
 from silo_agent.status_cli import status
-from wardround.accounting import round_event
 from wardround.canonical import digest_name
 from wardround.cli import Json, command_line, print_facts
 from wardround.cli import run as run_command_line
 from wardround.errors import PolicyRefusal, SettingsError, UsageError, WardroundError
 from wardround.kube import ClusterApi
-from wardround.plan import Plan, load_plan
+from wardround.plan import load_plan
 from wardround.roster import Member
 
 if TYPE_CHECKING:
@@ -197,10 +197,8 @@ def run(
         raise SettingsError("--seed makes randomness reproducible, not private: it needs allow_seeded_noise: true in the policy")
     keys = SiloKeys.open(settings.data / "keys")
     state = State(settings.data / "state.sqlite", keys.audit)
-    with (
-        only_agent(settings.data),
-        tempfile.TemporaryDirectory(prefix="wr-") as folder,
-    ):  # a socket's name has at most 107 bytes
+    # Under /tmp: a Unix socket's name has at most 107 bytes.
+    with only_agent(settings.data), tempfile.TemporaryDirectory(prefix="wr-") as folder:
         desk, helpers = _staff(settings, Path(folder), (state.meta("silo") or b"").decode())
         agent = Agent(settings, policy, keys, state, desk, helpers, seed)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -321,11 +319,13 @@ def policy_check(
     Exit code 0 when it would, 3 when the policy or the ledger refuses. Nothing is reserved.
     """
     settings, parsed = _settings(context), load_plan(plan)
-    settings.dataset(parsed.dataset).check_labels(parsed)
+    binding, database = settings.dataset(parsed.dataset), settings.data / "state.sqlite"
+    binding.check_labels(parsed)
     policy = load_policy(settings.policy)
     try:
         judge(policy, parsed)
-        _would_fit(settings, parsed)
+        if database.exists():
+            would_fit(State(database), parsed, binding.declared_patients)
     except PolicyRefusal as refusal:
         if not json_:
             raise
@@ -342,15 +342,6 @@ def policy_check(
     if policy.hours:
         facts["hours"] = f"a round's training begins {policy.hours} ({policy.time_zone}) on {', '.join(policy.days)}"
     print_facts(facts, json_)
-
-
-def _would_fit(settings: Settings, plan: Plan) -> None:
-    """Raises PolicyRefusal with the ledger's sum. A hospital that never ran has no ledger yet, and nothing spent."""
-    event, database = round_event(plan), settings.data / "state.sqlite"
-    if event is not None and database.exists():
-        with State(database).ledger() as ledger:
-            if ledger.lines:
-                ledger.check(plan.name, event, plan.rounds)
 
 
 def main() -> None:

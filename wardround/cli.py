@@ -52,6 +52,11 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
             print(f"{name.replace('_', ' '):<{width}}  {in_words(item)}")
 
 
+def or_stdin(what: str) -> Any:
+    """The argument of a file to read; standard input where none is named."""
+    return typer.Argument(help=f"{what}; - is standard input.", default_factory=lambda: "-", show_default=False)
+
+
 def in_words(value: Any) -> str:
     """As people read it: yes and no, and nothing where there is none."""
     if isinstance(value, bool):
@@ -193,7 +198,10 @@ def operator_init(
 @roster_app.command("sign")
 def roster_sign(
     key: Annotated[Path, typer.Option(help="The operator's private key.")],
-    draft: Annotated[typer.FileBinaryRead, typer.Argument(help="The draft; - is standard input.")] = "-",  # type: ignore[assignment]  # typer opens the name
+    draft: Annotated[
+        typer.FileBinaryRead,
+        or_stdin("The draft"),
+    ],
     json_: Json = False,
 ) -> None:
     """Sign a roster that the aggregator drafted. Read what changes before you publish it.

@@ -38,6 +38,15 @@ class HeParameters:
         """he_digest: 32 bytes over the scheme, the row and the form of a chunk; part of every round's ctx."""
         return sha256(b"wardround/he/bfv/1" + canonical_json({"degree": COEFFICIENTS, "fields": FIELDS} | asdict(self)))
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers by which a full sum would not be exact."""
+        if self.max_silos * MAX_NOISE >= self.prime / (2 * self.plain_modulus):
+            raise ValueError("the noise of a full sum must round away")
+        if self.max_silos * self.max_code >= 1 << self.field_bits:
+            raise ValueError("the fields of a full sum must not carry")
+        if FIELDS * self.field_bits > self.plain_modulus.bit_length() - 1:
+            raise ValueError("the fields must fit a coefficient")
+
     @property
     def zero_code(self) -> int:
         """The code of 0.0, and the largest distance of a code from it."""
@@ -92,9 +101,6 @@ def he_parameters(max_silos: int, bits: int) -> HeParameters:
     """The row for sums of at most `max_silos` updates of `bits` bits a parameter. Raises PlanError where there is no such row."""
     for row in _ROWS:
         if (row.max_silos, row.bits) == (max_silos, bits):
-            assert row.max_silos * MAX_NOISE < row.prime / (2 * row.plain_modulus), "the noise of a full sum must round away"  # noqa: S101 - of our own table
-            assert row.max_silos * row.max_code < 1 << row.field_bits, "the fields of a full sum must not carry"  # noqa: S101 - of our own table
-            assert FIELDS * row.field_bits <= row.plain_modulus.bit_length() - 1, "the fields must fit a coefficient"  # noqa: S101 - of our own table
             return row
     known = ", ".join(f"{row.max_silos} silos x {row.bits} bits" for row in _ROWS)
     raise PlanError(f"encrypted sums exist for {known}: {max_silos} silos x {bits} bits is none of them")

@@ -40,9 +40,9 @@ class Tracking:
     def _ask(self, path: str, body: Mapping[str, Any] | None = None, **query: Any) -> dict[str, Any]:
         url = self._base + path + ("?" + urllib.parse.urlencode(query) if query else "")
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, self._headers)  # noqa: S310 - the scheme was checked
+        request = urllib.request.Request(url, data, self._headers)  # noqa: S310 - __init__ refuses all but http and https
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310 - the scheme was checked
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310 - __init__ refuses all but http and https
                 value: dict[str, Any] = json.loads(answer.read(MAX_ANSWER_BYTES))
         except urllib.error.HTTPError as error:
             if error.code in (401, 403):

@@ -1,7 +1,7 @@
 """What a silo may post. Checked against the store's state, kept once, answered by its digest."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from aggregator import cohort
@@ -285,7 +285,7 @@ def _check_digests(*digests: bytes) -> None:
         raise MessageError("a digest has 32 bytes")
 
 
-def _check_texts(texts: object) -> None:
-    listed = [str(text) for text in texts]  # type: ignore[attr-defined]  # a repeated field
+def _check_texts(texts: Iterable[str]) -> None:
+    listed = list(texts)
     if len(listed) > MAX_NOTES or any(len(text) > MAX_TEXT_CHARS or not text.isprintable() for text in listed):
         raise MessageError(f"texts for people: at most {MAX_NOTES}, each one line of at most {MAX_TEXT_CHARS} characters")

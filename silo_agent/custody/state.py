@@ -212,9 +212,9 @@ class State(Installation):
         update and uploads of the round that follows it, and a checkpoint or bundle on its way."""
         homes = self._all("SELECT digest FROM homes AS h WHERE round = (SELECT max(round) FROM homes WHERE run = h.run)")
         models = self._all("SELECT state FROM models NATURAL JOIN runs WHERE round = model_round")
-        following = "run = ? AND round = (SELECT model_round + 1 FROM runs WHERE run = ?)"
-        updates = self._all(f"SELECT update_digest FROM events WHERE {following} AND update_digest NOT NULL", run, run)  # noqa: S608 - our words
-        headers = self._all(f"SELECT header FROM attempts WHERE {following}", run, run)  # noqa: S608 - our words
+        events = self._all("SELECT update_digest FROM events NATURAL JOIN runs WHERE run = ? AND round = model_round + 1", run)
+        updates = [row for row in events if row["update_digest"]]
+        headers = self._all("SELECT header FROM attempts NATURAL JOIN runs WHERE run = ? AND round = model_round + 1", run)
         uploads = (pb.UploadHeader.FromString(pb.Signed.FromString(row["header"]).body).content_digest for row in headers)
         checkpoints = self._all("SELECT checkpoint FROM epochs WHERE run = ? AND told = 0 AND checkpoint NOT NULL", run)
         bundles = self._all("SELECT content FROM bundles WHERE sent = 0")

@@ -53,7 +53,7 @@ def backward(loss: Tensor, retain_graph: bool = False) -> None:
     with warnings.catch_warnings():
         # Images need no gradient, so the first layer's hook hears of its output only: all that Opacus takes from it.
         warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]  # torch's
+        torch.autograd.backward(loss, retain_graph=retain_graph)
 
 
 def _by_hooks(network: nn.Module, rows: Tensor) -> list[Tensor | None]:

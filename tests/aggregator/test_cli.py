@@ -140,6 +140,11 @@ def test_a_rehearsal_is_no_run_to_compare_or_report_on(aggregator: TestAggregato
     assert "yes" in command("run", "list")[1]
 
 
+def test_a_rehearsal_that_was_refused_has_no_table(capsys: pytest.CaptureFixture[str]) -> None:
+    run_cli._print_rehearsal({})
+    assert capsys.readouterr().out == ""
+
+
 def test_abort_is_seen_by_the_server_and_watch_says_it_failed(aggregator: TestAggregator, command: Any) -> None:
     silos = aggregator.hospitals()
     run_name = aggregator.submit(tiny())

@@ -102,6 +102,8 @@ def test_policy_check_asks_the_ledger_too_and_reserves_nothing(hospital: Hospita
     assert "reserved by tiny-1" in told and "privacy.epsilon: " in told
     with hospital.state.ledger() as ledger:
         assert len(ledger.lines) == lines
+    plan.write_bytes(private(rounds=4, epsilon=2.0, sample_rate=0.001).canonical())
+    assert "error (data)" in refused(typed("policy", "check", plan))  # too few patients: the agent would say so as well
 
 
 def test_a_second_agent_on_a_hospitals_folder_does_nothing(hospital: Hospital, typed: Typed, tmp_path: Path) -> None:

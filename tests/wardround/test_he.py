@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -57,3 +58,16 @@ def test_rows_differ_in_their_digest() -> None:
 def test_plans_and_sizes_need_no_tenseal() -> None:
     code = "import sys; sys.modules['tenseal'] = None; import wardround.he, wardround.plan, wardround.chunks, wardround.cli"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"prime": 1 << 52}, "the noise of a full sum must round away"),
+        ({"field_bits": 20}, "the fields of a full sum must not carry"),
+        ({"field_bits": 22}, "the fields must fit a coefficient"),
+    ],
+)
+def test_parameters_by_which_a_full_sum_is_not_exact_cannot_be_made(changed: dict[str, int], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        replace(DEFAULT, **changed)
