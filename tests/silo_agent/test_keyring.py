@@ -1,18 +1,15 @@
 """Key epochs at a silo: made, taken, restored from and destroyed; every lie of the aggregator (which relays) and of a maker (which
 signs) about them, and what a silo answers to an attempt that its keys do not serve."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from silo_agent.run import Run, exponents_of
-from silo_agent.secure_sum.checkpoint import Reported, read_checkpoint, write_checkpoint
+from silo_agent.run import exponents_of
+from silo_agent.secure_sum.checkpoint import Reported, read_checkpoint
 from silo_agent.secure_sum.epoch import EpochKeys, SealedEpoch, open_epoch
-from silo_agent.secure_sum.global_model import GlobalModel, model_mac
 from silo_agent.secure_sum.packing import bounds_digest
 from tests.silo_agent.world import HE, LAYOUT, RUN, SEALING, SILOS, World, added
 from tests.support.identities import ed25519, public
@@ -20,22 +17,14 @@ from tests.support.plans import tiny
 from wardround.canonical import sha256
 from wardround.errors import IdentityError, IntegrityError, MessageError, WardroundError
 from wardround.layout import checkpoint_bytes
-from wardround.messages import opened, sign
+from wardround.messages import opened
 from wardround.pb import federation_pb2 as pb
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(tmp_path)
+def world(world: World) -> World:
     world.join()
-    yield world
-    world.state.close()
-
-
-def run_of(world: World) -> Run:
-    row = world.state.run(RUN)
-    assert row is not None
-    return Run(row)
+    return world
 
 
 def made(world: World, statement: pb.Signed) -> tuple[pb.KeyEpoch, list[EpochKeys]]:
@@ -54,7 +43,7 @@ def test_the_first_keys_are_sealed_to_every_member_of_the_roster(world: World) -
     world.steps(world.keying(1, 1), "evaluate", "make keys")
     body, (one, other) = made(world, world.client.posted[-1])
     assert one == other and len(one.he_secret_key) == HE.polynomial_bytes
-    assert one == world.agent.held.keyring.keys(run_of(world), 1) and body.commitment == one.commitment
+    assert one == world.agent.held.keyring.keys(world.agent.held.run(RUN), 1) and body.commitment == one.commitment
     assert [box.silo for box in body.boxes] == SILOS
     assert (body.run, body.number, body.first_round, body.roster_version) == (RUN, 1, 1, 1)
     assert (body.checkpoint_bytes, body.checkpoint_digest) == (0, b"")  # everyone can rebuild the initial model
@@ -64,7 +53,7 @@ def test_the_first_keys_are_sealed_to_every_member_of_the_roster(world: World) -
 
 def test_later_keys_bring_the_model_along_and_keep_the_digest_key(world: World) -> None:
     world.steps(world.keying(1, 1), "evaluate", "make keys")
-    first = world.epochs[1] = world.agent.held.keyring.keys(run_of(world), 1)
+    first = world.epochs[1] = world.agent.held.keyring.keys(world.agent.held.run(RUN), 1)
     world.steps(world.open(), "open event", "train", "encode", "upload")
     world.steps(world.published(), "apply", "evaluate", "report")
     world.steps(world.keying(2, 2), "make keys")
@@ -75,7 +64,7 @@ def test_later_keys_bring_the_model_along_and_keep_the_digest_key(world: World) 
     assert (body.checkpoint_digest, body.checkpoint_bytes) == (sha256(content), len(content))
     assert len(content) == checkpoint_bytes(LAYOUT) and body.first_round == 2
     model, exponents = read_checkpoint(content, Reported(1, row["mac"], bounds_digest(exponents_of(row))), LAYOUT, keys)
-    assert model.dump() == world.agent.held.model(run_of(world), 1).dump() and exponents == exponents_of(row)
+    assert model.dump() == world.agent.held.model(world.agent.held.run(RUN), 1).dump() and exponents == exponents_of(row)
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["first", "with a checkpoint"])
@@ -90,10 +79,10 @@ def test_after_a_kill_the_same_bytes_are_sent_again(world: World, monkeypatch: p
     with monkeypatch.context() as killed:
         killed.setattr(world.state, "keys_told", lambda run, number: None)  # no answer came
         world.steps(offer, "make keys")
-    keys = world.agent.held.keyring.keys(run_of(world), number)
+    keys = world.agent.held.keyring.keys(world.agent.held.run(RUN), number)
     world.start()
     world.steps(offer, "make keys")
-    assert world.agent.held.keyring.keys(run_of(world), number) == keys
+    assert world.agent.held.keyring.keys(world.agent.held.run(RUN), number) == keys
     if later:
         assert world.client.headers[-2] == world.client.headers[-1] and world.client.uploads[-2] == world.client.uploads[-1]
     else:
@@ -124,7 +113,7 @@ def test_keys_are_taken_and_acknowledged(world: World) -> None:
     world.steps(world.waiting(world.key_epoch()), "take keys")
     ack = world.last(pb.EpochAck, world.epoch_ctx(world.epoch(1)))
     assert (ack.number, ack.commitment) == (1, world.epochs[1].commitment)
-    assert world.agent.held.keyring.keys(run_of(world), 1) == world.epochs[1]
+    assert world.agent.held.keyring.keys(world.agent.held.run(RUN), 1) == world.epochs[1]
     assert world.due(world.waiting(world.key_epoch())) == "evaluate"
 
 
@@ -148,7 +137,7 @@ def refused(world: World, statement: pb.Signed, kind: type[WardroundError], matc
     """Nothing is kept and nothing acknowledged."""
     before, sent = world.state.epoch(RUN), world.client.sent
     with pytest.raises(kind, match=match):
-        world.agent.held.keyring.take(run_of(world), statement, acknowledge=True)
+        world.agent.held.keyring.take(world.agent.held.run(RUN), statement, acknowledge=True)
     after = world.state.epoch(RUN)
     assert (before and tuple(before)) == (after and tuple(after)) and world.client.sent == sent
 
@@ -309,105 +298,6 @@ def test_a_round_before_the_epochs_first_needs_other_keys(world: World) -> None:
         MessageError,
         "round 1, attempt 1 is offered under key epoch 1, which serves one roster from round 2 on",
     )
-
-
-# --- restored from --------------------------------------------------------------------------------------------------------------
-
-
-class Late:
-    """leuven joined and then missed the first round; charite made the keys of key epoch 2 and the checkpoint under them."""
-
-    others = ("charite", "st-marys")
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        world.key_epoch(1)
-        generator = np.random.default_rng(7)
-        theta, velocity = (generator.normal(0, 1, LAYOUT.num_parameters) for _ in range(2))
-        self.model, self.exponents = GlobalModel(theta, (velocity,)), tuple(range(len(LAYOUT.arrays)))
-        self.mac = model_mac(world.epochs[1].digest_key, LAYOUT, self.model.parameters)
-        self.facts = world.facts(cohort=list(self.others))
-        self.statement = world.key_epoch(2, first_round=2)
-        self.content = write_checkpoint(1, self.model, self.exponents, LAYOUT, world.epochs[2])
-
-    def report(self, silo: str, **changed: Any) -> pb.Signed:
-        facts = {
-            "round": 1, "model_mac": self.mac, "bounds_digest": bounds_digest(self.exponents), "sum_digest": b"s" * 32,
-            "means": {"dice": 0.5},
-        }  # fmt: skip
-        return sign("model-report", self.facts.ctx, pb.ModelReport(**facts | changed), silo, self.world.keys[silo])
-
-    def offer(self, *reports: pb.Signed, content: bytes | None = None) -> pb.Offer:
-        digest, num_bytes = self.world.store(self.content if content is None else content)
-        total = pb.Sum(
-            facts=self.facts, uploads=self.world.headers(list(self.others), self.facts), digest=digest, num_bytes=num_bytes,
-            reports=reports or [self.report(silo) for silo in self.others],
-        )  # fmt: skip
-        return self.world.waiting(self.statement, checkpoint=total)
-
-
-@pytest.fixture
-def late(world: World) -> Late:
-    return Late(world)
-
-
-def test_a_late_silo_takes_the_keys_and_restores_the_model_to_the_bit(world: World, late: Late) -> None:
-    offer = late.offer()
-    world.steps(offer, "take keys", "restore", "evaluate")
-    row = world.state.model(RUN, 1)
-    assert world.agent.held.model(run_of(world), 1).dump() == late.model.dump()
-    assert (row["mac"], exponents_of(row), row["reported"]) == (late.mac, late.exponents, 1)
-    assert world.due(offer) == "nothing to do" and world.posted == ["join", "epoch-ack"]
-    world.steps(world.open(round_=2), "open event", "train", "encode", "upload")  # it stands where the others stand
-
-
-def not_restored(world: World, offer: pb.Offer, kind: type[WardroundError], match: str) -> None:
-    with pytest.raises(kind, match=match):
-        world.step(offer)
-    assert world.state.facts(RUN).model_round == 0
-
-
-def test_too_few_reports_restore_nothing_until_more_have_come(world: World, late: Late) -> None:
-    world.steps(late.offer(), "take keys")
-    few = late.offer(late.report("charite"))
-    not_restored(world, few, MessageError, "reported by 1 silos, 2 are needed to restore it: it is asked for again")
-    assert world.client.fetched == 0
-    world.steps(late.offer(), "restore")
-
-
-@pytest.mark.parametrize("lie", [{"model_mac": b"m" * 32}, {"bounds_digest": b"b" * 32}, {"sum_digest": b"t" * 32}])
-def test_reports_that_differ_restore_nothing(world: World, late: Late, lie: dict[str, bytes]) -> None:
-    world.steps(late.offer(), "take keys")
-    differing = late.offer(late.report("charite"), late.report("st-marys", **lie))
-    not_restored(world, differing, IntegrityError, "the silos report different models of round 1: nothing is restored")
-    assert world.client.fetched == 0
-
-
-def flipped(content: bytes) -> bytes:
-    return content[:100] + bytes([content[100] ^ 1]) + content[101:]
-
-
-def test_an_altered_checkpoint_restores_nothing(world: World, late: Late) -> None:
-    world.steps(late.offer(), "take keys")
-    not_restored(
-        world, late.offer(content=flipped(late.content)), IntegrityError, "checkpoint of round 1 does not open at its piece 1"
-    )
-    not_restored(world, late.offer(content=late.content + b"\0"), IntegrityError, f"not {len(late.content)}: nothing is fetched")
-    world.steps(late.offer(), "restore")
-
-
-def test_a_checkpoint_of_another_model_than_the_reported_one_restores_nothing(world: World, late: Late) -> None:
-    """Whole and under the right keys, and of the round before."""
-    world.steps(late.offer(), "take keys")
-    other = GlobalModel(late.model.theta + 1.0, late.model.moments)
-    content = write_checkpoint(1, other, late.exponents, LAYOUT, world.epochs[2])
-    not_restored(world, late.offer(content=content), IntegrityError, "does not open at its piece 1")
-
-
-def test_a_checkpoint_under_other_keys_restores_nothing(world: World, late: Late) -> None:
-    world.steps(late.offer(), "take keys")
-    content = write_checkpoint(1, late.model, late.exponents, LAYOUT, world.epochs[1])
-    not_restored(world, late.offer(content=content), IntegrityError, "does not open at its piece 1")
 
 
 # --- destroyed ------------------------------------------------------------------------------------------------------------------
