@@ -4,78 +4,36 @@ import os
 import signal
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from silo_agent.custody import ledger as module
 from silo_agent.custody.ledger import Ledger
 from silo_agent.custody.state import State
-from tests.support.identities import ed25519, public
-from wardround.accounting import Event, noise_multiplier, pld_epsilon, rdp_budget
+from tests.custody.book import (
+    CAP,
+    DELTA,
+    KEY,
+    ORDER,
+    TENTH,
+    A,
+    B,
+    close,
+    do,
+    on_disk,
+    open_,
+    opened,
+    release,
+    reserve,
+    restored,
+    shares,
+)
+from tests.support.identities import public
+from wardround.accounting import Event, noise_multiplier, pld_epsilon
 from wardround.audit import verify_file
 from wardround.canonical import canonical_json
-from wardround.errors import ConflictError, IntegrityError, MessageError, PolicyRefusal, SettingsError, StorageError
-
-KEY = ed25519(9)
-CAP, DELTA, ORDER = 8.0, 1e-5, 3.87
-TENTH = Event(1.0, (ORDER / (2 * rdp_budget(CAP, DELTA, ORDER) / 10)) ** 0.5 * (1 + 1e-12), 1)
-"""Takes a tenth of the cap: without sampling a step costs order / (2 sigma^2)."""
-A, B = b"a" * 32, b"b" * 32  # digests of what an event trains on
-
-
-def opened(path: Path, silo: str = "leuven") -> State:
-    state = State(path, KEY)
-    state.enrolled({"silo": silo.encode(), "federation": b"neuro", "audit_key": public(KEY)})
-    return state
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "state.sqlite"
-
-
-@pytest.fixture
-def state(path: Path) -> Iterator[State]:
-    state = opened(path)
-    with state.ledger() as ledger:
-        ledger.set_cap(CAP, DELTA, 1)
-    yield state
-    state.close()
-
-
-def do(state: State, *steps: Callable[[Ledger], Any]) -> Any:
-    """Each step in a transaction of its own; the last one's answer."""
-    answer = None
-    for step in steps:
-        with state.ledger() as ledger:
-            answer = step(ledger)
-    return answer
-
-
-def reserve(run: str, rounds: int, event: Event = TENTH) -> Callable[[Ledger], None]:
-    return lambda ledger: ledger.reserve(run, event, rounds, 2)
-
-
-def open_(run: str, round_: int, inputs: bytes = A) -> Callable[[Ledger], bytes]:
-    return lambda ledger: ledger.open_event(run, round_, inputs, 3)
-
-
-def close(run: str, round_: int) -> Callable[[Ledger], None]:
-    return lambda ledger: ledger.close_event(run, round_)
-
-
-def release(run: str) -> Callable[[Ledger], None]:
-    return lambda ledger: ledger.release(run, 4)
-
-
-def shares(state: State) -> tuple[int, int]:
-    """Tenths of the cap: spent, reserved."""
-    with state.ledger() as ledger:
-        return round(10 * ledger.share(ledger.spent)), round(10 * ledger.share(ledger.reserved))
-
+from wardround.errors import ConflictError, IntegrityError, PolicyRefusal, SettingsError, StorageError
 
 # --- numbers by hand -------------------------------------------------------------------------------------------------------------
 
@@ -237,11 +195,6 @@ def test_a_deleted_noise_key_is_nowhere_in_the_file(state: State, path: Path) ->
     assert keys[1] not in on_disk(state, path)
 
 
-def on_disk(state: State, path: Path) -> bytes:
-    state._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return path.read_bytes()
-
-
 def test_every_line_is_in_the_audit_chain(state: State, path: Path) -> None:
     do(state, reserve("one", 2), open_("one", 1), release("one"))
     with state.ledger() as ledger:
@@ -332,90 +285,6 @@ def test_a_disk_that_takes_nothing_opens_nothing(state: State, pragma: str, told
         keys = state._db.execute("SELECT count(*) FROM noise_keys").fetchone()[0]
     assert len(charged) == ledger.spent.total() == keys  # no line without its key, no key without its line
     do(state, release("one"))
-
-
-# --- restored backups ------------------------------------------------------------------------------------------------------------
-
-
-def restored(path: Path, backup: bytes) -> State:
-    for suffix in ("-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-    path.write_bytes(backup)
-    return opened(path)
-
-
-@pytest.fixture
-def behind(state: State, path: Path) -> tuple[State, bytes, bytes]:
-    """A silo restored from a backup of line 2, the backup, and the head (line 5) that others saw."""
-    do(state, reserve("one", 6))
-    backup = on_disk(state, path)
-    do(state, open_("one", 1), close("one", 1), open_("one", 2), close("one", 2), open_("one", 3))
-    with state.ledger() as ledger:
-        head = ledger.head
-    state.close()
-    return restored(path, backup), backup, head
-
-
-def test_a_restored_ledger_opens_nothing_until_the_officer_entered_what_it_lost(behind: tuple[State, bytes, bytes]) -> None:
-    state, _, head = behind
-    do(state, lambda ledger: ledger.saw(head))
-    for step in (open_("one", 1), reserve("two", 1), lambda ledger: ledger.check("two", TENTH, 1)):
-        with pytest.raises(IntegrityError, match=r"others saw a line 5 that is not here, it ends at line 2; .*officer enters"):
-            do(state, step)
-    line = do(state, lambda ledger: ledger.enter(TENTH, 3, 9))
-    assert line.seq == 6 and shares(state) == (3, 6)
-    do(state, lambda ledger: ledger.saw(head), open_("one", 4))
-    assert shares(state) == (4, 5)
-
-
-def test_older_heads_of_what_was_lost_are_covered_and_newer_ones_are_not(behind: tuple[State, bytes, bytes]) -> None:
-    state, _, head = behind
-    do(state, lambda ledger: ledger.saw(head), lambda ledger: ledger.enter(TENTH, 3, 9))
-    do(state, lambda ledger: ledger.saw((4).to_bytes(8, "big") + b"x" * 32), open_("one", 4))
-    do(state, lambda ledger: ledger.saw((99).to_bytes(8, "big") + b"x" * 32))
-    with pytest.raises(IntegrityError, match="a line 99"):
-        do(state, open_("one", 5))
-
-
-def test_a_second_restored_backup_does_not_hide_behind_the_first(behind: tuple[State, bytes, bytes], path: Path) -> None:
-    state, _, head = behind
-    do(state, lambda ledger: ledger.saw(head), lambda ledger: ledger.enter(TENTH, 3, 9))
-    backup = on_disk(state, path)
-    do(state, open_("one", 4))
-    with state.ledger() as ledger:
-        second = ledger.head
-    state.close()
-    state = restored(path, backup)
-    do(state, lambda ledger: ledger.saw(head), open_("one", 4), lambda ledger: ledger.saw(second))
-    with pytest.raises(IntegrityError, match="a line 7 that is not here, it ends at line 7"):  # same line, another history
-        do(state, open_("one", 5))
-    state.close()
-
-
-def test_a_backup_older_than_the_cap_is_noticed_too(behind: tuple[State, bytes, bytes], tmp_path: Path) -> None:
-    _, _, head = behind
-    state = opened(tmp_path / "fresh.sqlite")
-    do(state, lambda ledger: ledger.saw(head), lambda ledger: ledger.set_cap(CAP, DELTA, 1))
-    with pytest.raises(IntegrityError, match="a line 5 that is not here, it ends at line 1"):
-        do(state, reserve("one", 1))
-    state.close()
-
-
-def test_a_head_that_is_here_is_no_news_and_a_malformed_one_is_refused(state: State) -> None:
-    do(state, reserve("one", 2), open_("one", 1))
-    with state.ledger() as ledger:
-        heads = [line.seq.to_bytes(8, "big") + line.hash for line in ledger.lines]
-        assert ledger.head == heads[-1] and len(ledger.head) == module.HEAD_BYTES
-    do(state, *[lambda ledger, head=head: ledger.saw(head) for head in [b"", *heads]], open_("one", 2))
-    for head in (b"x", heads[0] + b"x", b"\xff" * 40):
-        with pytest.raises(MessageError):
-            do(state, lambda ledger, head=head: ledger.saw(head))
-
-
-def test_events_can_be_entered_without_any_loss(state: State) -> None:
-    assert do(state, lambda ledger: ledger.enter(TENTH, 2, 1)).seq == 2
-    assert do(state, lambda ledger: ledger.enter(TENTH, 0, 1)).body["head"] is None
-    assert shares(state) == (2, 0)
 
 
 # --- kill -9 at every write ------------------------------------------------------------------------------------------------------
