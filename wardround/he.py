@@ -38,15 +38,6 @@ class HeParameters:
         """he_digest: 32 bytes over the scheme, the row and the form of a chunk; part of every round's ctx."""
         return sha256(b"wardround/he/bfv/1" + canonical_json({"degree": COEFFICIENTS, "fields": FIELDS} | asdict(self)))
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for numbers by which a full sum would not be exact."""
-        if self.max_silos * MAX_NOISE >= self.prime / (2 * self.plain_modulus):
-            raise ValueError("the noise of a full sum must round away")
-        if self.max_silos * self.max_code >= 1 << self.field_bits:
-            raise ValueError("the fields of a full sum must not carry")
-        if FIELDS * self.field_bits > self.plain_modulus.bit_length() - 1:
-            raise ValueError("the fields must fit a coefficient")
-
     @property
     def zero_code(self) -> int:
         """The code of 0.0, and the largest distance of a code from it."""
@@ -89,11 +80,24 @@ class HeParameters:
 
 # The largest primes of 56 and 60 bits that are 1 mod 2 * 4096: CoeffModulus.Create(4096, [bits]). A contract test compares.
 _PRIME_56, _PRIME_60 = 72057594037641217, 1152921504606830593
+
+
+def exact(row: HeParameters) -> HeParameters:
+    """The row itself. Raises ValueError for numbers by which a full sum would not be exact."""
+    if row.max_silos * MAX_NOISE >= row.prime / (2 * row.plain_modulus):
+        raise ValueError("the noise of a full sum must round away")
+    if row.max_silos * row.max_code >= 1 << row.field_bits:
+        raise ValueError("the fields of a full sum must not carry")
+    if FIELDS * row.field_bits > row.plain_modulus.bit_length() - 1:
+        raise ValueError("the fields must fit a coefficient")
+    return row
+
+
 _ROWS = (
-    HeParameters(max_silos=32, bits=16, field_bits=21, plain_modulus=1 << 42, prime=_PRIME_56),
-    HeParameters(max_silos=64, bits=16, field_bits=22, plain_modulus=1 << 44, prime=_PRIME_60),
-    HeParameters(max_silos=128, bits=16, field_bits=23, plain_modulus=1 << 46, prime=_PRIME_60),
-    HeParameters(max_silos=1000, bits=12, field_bits=22, plain_modulus=1 << 44, prime=_PRIME_60),
+    exact(HeParameters(max_silos=32, bits=16, field_bits=21, plain_modulus=1 << 42, prime=_PRIME_56)),
+    exact(HeParameters(max_silos=64, bits=16, field_bits=22, plain_modulus=1 << 44, prime=_PRIME_60)),
+    exact(HeParameters(max_silos=128, bits=16, field_bits=23, plain_modulus=1 << 46, prime=_PRIME_60)),
+    exact(HeParameters(max_silos=1000, bits=12, field_bits=22, plain_modulus=1 << 44, prime=_PRIME_60)),
 )
 
 
